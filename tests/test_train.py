@@ -1,0 +1,184 @@
+"""What train.py promises: it learns, resumes to the bit and never loses work."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, same_bits
+from torch import nn
+from torch.utils.data import DataLoader
+
+import dataset
+import evaluation
+import model
+import train
+from model import CNN
+
+SCRIPTS = Path(train.__file__).parent
+
+
+def start(*options):
+    """train.py as a process of its own, on one thread: the tests share two cores."""
+    return subprocess.Popen(
+        [sys.executable, SCRIPTS / "train.py", *SMALL, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_one_line_an_epoch_no_bar_in_a_pipe_and_the_same_bits_again(call, checkpoint):
+    status, out, err = call(train, *SMALL, "--checkpoint", "again.pth")
+    epochs = [line for line in out.splitlines() if line.startswith("Epoch: ")]
+    assert (status, err) == (0, "")
+    assert len(epochs) == 2
+    assert epochs[1].startswith("Epoch: 2/2, Loss: ")
+    assert same_bits(checkpoint, "again.pth")
+    call(train, *SMALL, "--checkpoint", "other.pth", "--seed", "2")
+    assert not same_bits(checkpoint, "other.pth")
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(checkpoint):
+    chance = random.Random()
+    for _ in range(2):  # in the second epoch, then anywhere
+        run = start("--checkpoint", "killed.pth", *resume_if("killed.pth"))
+        if not Path("killed.pth").exists():
+            while not run.stdout.readline().startswith("Epoch: 1/2"):
+                pass
+        try:
+            run.wait(chance.uniform(0, 4))
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL)
+        run.communicate()
+    run = start("--checkpoint", "killed.pth", "--resume")
+    _, err = run.communicate()
+    assert (run.returncode, err) == (0, "")
+    assert same_bits(checkpoint, "killed.pth")
+
+
+def resume_if(path):
+    return ["--resume"] if Path(path).exists() else []
+
+
+def test_ctrl_c_says_how_to_go_on():
+    run = start()
+    while not run.stdout.readline().startswith("Epoch: 1/2"):
+        pass
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate()
+    assert run.returncode == 130
+    assert "1 of 2 epochs are saved" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", train.OPTIMIZERS)
+def test_the_lecture_s_optimizers_learn_at_their_own_rate(call, name):
+    call(train, *SMALL, "--optimizer", name)
+    history = torch.load("cifar_cnn.pth", weights_only=True)["history"]
+    assert history[1]["accuracy"] > 0.2  # chance is 0.1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(refused, checkpoint, trained):
+    assert "--lr" in refused(train, *SMALL, "--lr", "1e30")
+    assert checkpoint.read_bytes() == trained
+
+
+def test_a_finished_run_says_so_and_other_options_are_refused(
+    call, refused, checkpoint, trained
+):
+    assert "2 of 2 epochs" in call(train, *SMALL, "--resume")[1]
+    assert "lr was 0.3" in refused(train, *SMALL, "--resume", "--lr", "0.1")
+    assert "width" in refused(train, *SMALL, "--resume", "--width", "5")
+    assert checkpoint.read_bytes() == trained
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--epochs", "0"],
+        ["--epochs", "many"],
+        ["--lr", "nan"],
+        ["--lr", "0"],
+        ["--lr", "inf"],
+        ["--batch-size", "0"],
+        ["--batch-size", "5001"],
+        ["--width", "-3"],
+        ["--seed", "-1"],
+        ["--optimizer", "newton"],
+        ["--device", "abacus"],
+        ["--device", "meta"],
+        ["--checkpoint", "."],
+        ["--checkpoint", "no folder/cifar_cnn.pth"],
+        ["--checkpoint", "cifar_cnn.pth/cifar_cnn.pth"],
+        ["--resume", "--checkpoint", "missing.pth"],
+        ["--unknown"],
+    ],
+    ids=" ".join,
+)
+def test_mistakes_end_in_one_line(refused, checkpoint, trained, options):
+    refused(train, *SMALL, *options)
+    assert checkpoint.read_bytes() == trained
+    assert os.listdir() == ["cifar_cnn.pth"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(
+    refused, checkpoint, trained, monkeypatch
+):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:  # full while an epoch is saved
+        patch.setattr(model.os, "fsync", full)
+        assert "No space left" in refused(train, *SMALL)
+    with monkeypatch.context() as patch:  # full before the run begins
+        patch.setattr(model.tempfile, "TemporaryFile", full)
+        patch.setattr(train, "cifar_dataset", None)
+        assert "No space left" in refused(train, *SMALL)
+    assert checkpoint.read_bytes() == trained
+    assert os.listdir() == ["cifar_cnn.pth"]
+
+
+def test_the_lecture_s_loop_runs_on_our_data_and_model(call, tmp_path):
+    """Its train.py line by line, on synthetic pictures; evaluation.py reads the end."""
+    torch.manual_seed(0)
+    train_data, test_data = dataset.cifar_dataset(synthetic=True)
+    train_loader = DataLoader(train_data, batch_size=64, shuffle=True)
+    network = CNN()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    network.train()
+    train_loss = 0
+    for images, labels in train_loader:
+        optimizer.zero_grad()
+        outputs = network(images)
+        loss = criterion(outputs, labels)
+        train_loss += loss.item()
+        loss.backward()
+        optimizer.step()
+    torch.save(
+        {
+            "epoch": 0,
+            "model_state_dict": network.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "loss": train_loss / len(train_loader),
+        },
+        "cifar_cnn.pth",
+    )
+    network.eval()
+    with torch.no_grad():
+        correct = sum(
+            (network(images).max(1)[1] == labels).sum().item()
+            for images, labels in DataLoader(test_data, batch_size=64)
+        )
+    # It says nothing of its pictures, so they count as real ones; here they are not.
+    loaded, _ = model.load_checkpoint(tmp_path / "cifar_cnn.pth", evaluation.build_cnn)
+    logits = evaluation.predict(loaded, test_data, torch.device("cpu"))
+    assert (logits.argmax(1) == test_data.labels).sum().item() == correct
+    assert correct > 300  # chance is 100
