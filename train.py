@@ -189,7 +189,8 @@ def main():
     settings = {name: getattr(args, name) for name in names}
     settings |= {"model": "CNN", "pictures": len(train_data)}
     fit(model, train_data, settings, path, args.resume, device)
-    print(f"Finished: {path}. Next: python evaluation.py")
+    same = " --synthetic" if args.synthetic else ""
+    print(f"{path} is finished. Next: python evaluation.py --checkpoint {path}{same}")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ def test_ctrl_c_says_how_to_go_on():
 
 @pytest.mark.parametrize("name", train.OPTIMIZERS)
 def test_the_lecture_s_optimizers_learn_at_their_own_rate(call, name):
-    call(train, *SMALL, "--optimizer", name)
+    call(train, *SMALL, "--batch-size", "50", "--optimizer", name)
     history = torch.load("cifar_cnn.pth", weights_only=True)["history"]
-    assert history[1]["accuracy"] > 0.2  # chance is 0.1
+    assert history[1]["accuracy"] > 0.3  # chance is 0.1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(refused, checkpoint, trained):
