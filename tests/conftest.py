@@ -1,8 +1,14 @@
 """What several tests share: calling a script as a user does, and a few pictures."""
 
+import os
 import sys
 
 import pytest
+
+# One thread, here and in the processes that tests start: the runs are small, and two
+# threads wait for each other for ages when the machine is busy. Before torch is loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 import train

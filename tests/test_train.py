@@ -24,7 +24,7 @@ SCRIPTS = Path(train.__file__).parent
 
 
 def start(*options):
-    """train.py as a process of its own, on one thread: the tests share two cores."""
+    """train.py as a process of its own."""
     return subprocess.Popen(
         [sys.executable, SCRIPTS / "train.py", *SMALL, *options],
         stdout=subprocess.PIPE,
