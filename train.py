@@ -1,6 +1,6 @@
 """Train the classifier on CIFAR-10's training pictures; save it after each epoch.
 
-    python train.py                 # about three minutes on a laptop's CPU
+    python train.py                 # five epochs, some minutes on a CPU
     python train.py --resume        # go on after a break, as if there had been none
     python train.py --synthetic     # try it on made-up pictures: no download
 
