@@ -49,14 +49,13 @@ def check_kind(checkpoint: dict, synthetic: bool, path: Path):
         fail(f"{path} was trained on {kind} pictures: {hint} --synthetic")
 
 
-def confusion_matrix(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """int64 (10, 10): how often a picture of class [row] was taken for [column]."""
-    return torch.bincount(10 * labels + predicted, minlength=100).view(10, 10)
+def report(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Print accuracy, loss, a bar for each class and the most frequent confusions.
 
-
-def report(logits: torch.Tensor, labels: torch.Tensor):
-    """Print accuracy, loss, a bar for each class and the most frequent confusions."""
-    confusion = confusion_matrix(logits.argmax(1), labels)
+    Returns the accuracy (0 to 1).
+    """
+    pairs = 10 * labels + logits.argmax(1)
+    confusion = torch.bincount(pairs, minlength=100).view(10, 10)  # [true, taken for]
     correct, count = confusion.trace().item(), len(labels)
     print(f"Accuracy: {correct / count:.2%} ({correct}/{count})")
     print(f"Loss: {F.cross_entropy(logits, labels):.4f}")
@@ -70,6 +69,7 @@ def report(logits: torch.Tensor, labels: torch.Tensor):
         if times := wrong.flatten()[cell].item():
             true, taken = CLASSES[cell // 10], CLASSES[cell % 10]
             print(f"  {times:4} x {true} taken for {taken}")
+    return correct / count
 
 
 def draw_mistakes(logits: torch.Tensor, data: Pictures, path: Path):
@@ -125,10 +125,9 @@ def main():
     check_kind(checkpoint, args.synthetic, path)
     _, test_data = cifar_dataset(args.data, args.synthetic)
     logits = predict(model, test_data, device)
-    report(logits, test_data.labels)
+    accuracy = report(logits, test_data.labels)
     if args.mistakes:
         draw_mistakes(logits, test_data, Path(args.mistakes))
-    accuracy = (logits.argmax(1) == test_data.labels).float().mean().item()
     verdict = "PASS" if accuracy >= TARGET else "FAIL"
     on = (
         " on synthetic pictures, which says nothing of CIFAR-10"

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -85,6 +86,10 @@ class CNN(nn.Module):
         nn.init.zeros_(self.whitening.bias)
 
 
+def cannot_write(path: Path, error: OSError) -> NoReturn:
+    fail(f"{path} cannot be written: {error}. Make room or name another --checkpoint")
+
+
 def save_checkpoint(checkpoint: dict, path: Path):
     """Write `path` whole or not at all: whenever it is cut short, the old file stays."""
     part = path.with_name(f"{path.name}.part")
@@ -97,9 +102,7 @@ def save_checkpoint(checkpoint: dict, path: Path):
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(part, path)
     except OSError as error:
-        fail(
-            f"{path} cannot be written: {error}. Make room or name another --checkpoint"
-        )
+        cannot_write(path, error)
     finally:
         part.unlink(missing_ok=True)
 
@@ -112,9 +115,7 @@ def try_to_write(path: Path, model: nn.Module):
         with tempfile.TemporaryFile(dir=path.parent) as file:
             file.write(bytes(4 * sum(weight.nbytes for weight in model.parameters())))
     except OSError as error:
-        fail(
-            f"{path} cannot be written: {error}. Make room or name another --checkpoint"
-        )
+        cannot_write(path, error)
 
 
 def load_checkpoint(path: Path, build: Callable[[dict], nn.Module]):
