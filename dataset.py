@@ -52,8 +52,11 @@ def run(main):
     try:
         sys.exit(main())
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"\nstopped: {stop or 'nothing was changed, start again'}\n")
+        why = str(stop) or "nothing was changed, start again"
+        print(f"\nstopped: {why}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # as in `python train.py | head -1`
+        os._exit(141)  # at once: Python would try to write the rest, too
 
 
 class Pictures(Dataset):

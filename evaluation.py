@@ -49,13 +49,18 @@ def check_kind(checkpoint: dict, synthetic: bool, path: Path):
         fail(f"{path} was trained on {kind} pictures: {hint} --synthetic")
 
 
+def confusions(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How often pictures of each class were taken for which: int64 (true, taken for)."""
+    pairs = 10 * labels + logits.argmax(1)
+    return torch.bincount(pairs, minlength=100).view(10, 10)
+
+
 def report(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Print accuracy, loss, a bar for each class and the most frequent confusions.
 
     Returns the accuracy (0 to 1).
     """
-    pairs = 10 * labels + logits.argmax(1)
-    confusion = torch.bincount(pairs, minlength=100).view(10, 10)  # [true, taken for]
+    confusion = confusions(logits, labels)
     correct, count = confusion.trace().item(), len(labels)
     print(f"Accuracy: {correct / count:.2%} ({correct}/{count})")
     print(f"Loss: {F.cross_entropy(logits, labels):.4f}")

@@ -45,11 +45,22 @@ OPTIMIZERS = {
 }
 
 
+def make_optimizer(model: nn.Module, settings: dict, steps: int):
+    """The optimizer, and the schedule that lifts its rate and then lowers it to 0."""
+    make, _, options = OPTIMIZERS[settings["optimizer"]]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = make(weights, settings["lr"], **options)
+    rise = WARM_UP * steps
+    return optimizer, LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / (steps - rise))
+    )
+
+
 def train_epoch(model, loader, criterion, optimizer, scheduler, device) -> dict:
     """One pass over the training pictures: its mean loss, accuracy (0 to 1), seconds."""
     model.train()
     start = time.perf_counter()
-    train_loss = train_correct = count = 0
+    train_loss = correct = 0
     with tqdm(total=len(loader), leave=False, disable=not sys.stderr.isatty()) as bar:
         for images, labels in loader:
             images, labels = images.to(device), labels.to(device)
@@ -61,15 +72,13 @@ def train_epoch(model, loader, criterion, optimizer, scheduler, device) -> dict:
             scheduler.step()
             if not loss.isfinite():
                 fail("the loss is not a finite number any more: choose a smaller --lr")
-            train_loss += loss.item() * len(labels)
-            train_correct += (logits.argmax(1) == labels).sum().item()
-            count += len(labels)
+            train_loss += loss.item()
+            correct += (logits.argmax(1) == labels).sum().item()
             bar.update(1)
-    seconds = time.perf_counter() - start
     return {
-        "loss": train_loss / count,
-        "accuracy": train_correct / count,
-        "seconds": seconds,
+        "loss": train_loss / len(loader),
+        "accuracy": correct / (len(loader) * loader.batch_size),
+        "seconds": time.perf_counter() - start,
     }
 
 
@@ -86,14 +95,8 @@ def fit(model, train_data: Pictures, settings: dict, path: Path, resume: bool, d
     if len(loader) == 0:
         fail(f"--batch-size {batch_size} is more than the {len(train_data)} pictures")
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
-    make, _, options = OPTIMIZERS[settings["optimizer"]]
-    trained = [
-        weight for weight in model.to(device).parameters() if weight.requires_grad
-    ]
-    optimizer = make(trained, settings["lr"], **options)
-    steps, rise = epochs * len(loader), WARM_UP * epochs * len(loader)
-    scheduler = LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, (steps - step) / (steps - rise))
+    optimizer, scheduler = make_optimizer(
+        model.to(device), settings, epochs * len(loader)
     )
     history = []
     if resume:
@@ -116,19 +119,24 @@ def fit(model, train_data: Pictures, settings: dict, path: Path, resume: bool, d
             }
             save_checkpoint(checkpoint, path)
             history.append(row)
-            rate, seconds = scheduler.get_last_lr()[0], row["seconds"]
-            left = sum(r["seconds"] for r in history) * (epochs / (epoch + 1) - 1)
-            print(
-                f"Epoch: {epoch + 1}/{epochs}, Loss: {row['loss']:.4f}, "
-                f"Accuracy: {row['accuracy']:.2%}, Learning rate: {rate:.4f}, "
-                f"{seconds:.0f} s, {left:.0f} s left",
-                flush=True,
-            )
+            print_epoch(history, epochs, scheduler.get_last_lr()[0])
     except KeyboardInterrupt:
         if not history:
             raise
         done = f"{len(history)} of {epochs} epochs are saved in {path}"
         raise KeyboardInterrupt(f"{done}; go on with the same command and --resume")
+
+
+def print_epoch(history: list[dict], epochs: int, rate: float):
+    """The line of the epoch that has just been saved."""
+    done, row = len(history), history[-1]
+    left = sum(row["seconds"] for row in history) * (epochs / done - 1)
+    print(
+        f"Epoch: {done}/{epochs}, Loss: {row['loss']:.4f}, "
+        f"Accuracy: {row['accuracy']:.2%}, Learning rate: {rate:.4f}, "
+        f"{row['seconds']:.0f} s, {left:.0f} s left",
+        flush=True,
+    )
 
 
 def restore(path: Path, model, optimizer, scheduler, settings: dict) -> list[dict]:
@@ -157,7 +165,6 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add, default = parser.add_argument, "default: %(default)s"
     add("--epochs", type=int, default=EPOCHS, metavar="N", help=default)
     add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=default)
-    add("--width", type=int, default=WIDTH, metavar="N", help=f"channels, {default}")
     add("--optimizer", choices=OPTIMIZERS, default="momentum", help=default)
     add("--lr", type=float, metavar="X", help="peak, default: the optimizer's own")
     add("--seed", type=int, default=1, metavar="N", help=f"of all chance, {default}")
@@ -167,9 +174,9 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on after the last finished epoch")
     add("--device", metavar="NAME", help="cpu, cuda, mps, ... default: the fastest")
     args = parser.parse_args()
-    limits = {"epochs": 10**6, "batch_size": 10**6, "width": 1024, "seed": 2**32}
+    limits = {"epochs": 10**6, "batch_size": 10**6, "seed": 2**32, "width": 1024}
     for name, most in limits.items():
-        if not 0 < getattr(args, name) <= most:
+        if not 0 < getattr(args, name, 1) <= most:  # compare_resnet.py has no width
             fail(f"--{name.replace('_', '-')} must be above 0 and at most {most:,}")
     args.lr = OPTIMIZERS[args.optimizer][1] if args.lr is None else args.lr
     if not 0 < args.lr < float("inf"):
@@ -177,17 +184,25 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def settings_of(args: argparse.Namespace, train_data: Pictures) -> dict:
+    """What a run depends on: a resumed one must have the same."""
+    names = ("epochs", "batch_size", "optimizer", "lr", "seed", "synthetic")
+    return {name: getattr(args, name) for name in names} | {"pictures": len(train_data)}
+
+
 def main():
-    args = parse_options(argparse.ArgumentParser(description=__doc__))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--width", type=int, default=WIDTH, metavar="N", help="channels"
+    )
+    args = parse_options(parser)
     path, device = Path(args.checkpoint), pick_device(args.device)
     torch.manual_seed(args.seed)
     model = CNN(args.width)
     try_to_write(path, model)
     train_data, _ = cifar_dataset(args.data, args.synthetic)
     model.whiten(normalize(train_data.images[::25]))  # 2,000 pictures are plenty
-    names = ("epochs", "batch_size", "width", "optimizer", "lr", "seed", "synthetic")
-    settings = {name: getattr(args, name) for name in names}
-    settings |= {"model": "CNN", "pictures": len(train_data)}
+    settings = settings_of(args, train_data) | {"model": "CNN", "width": args.width}
     fit(model, train_data, settings, path, args.resume, device)
     same = " --synthetic" if args.synthetic else ""
     print(f"{path} is finished. Next: python evaluation.py --checkpoint {path}{same}")

@@ -1,0 +1,164 @@
+"""Train torchvision's ResNet18 by the same loop and compare it with our own model.
+
+    python train.py             # first: the model that is compared
+    python compare_resnet.py    # trains resnet18_cifar.pth, or takes the finished one
+
+    python compare_resnet.py --small-stem       # for 32x32 pictures: slower, better
+    python compare_resnet.py --plot curves.png  # needs: pip install matplotlib
+
+ResNet18 starts from random weights, as ours does: no pretrained part.
+"""
+
+import argparse
+import importlib.util
+import time
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet18
+
+from dataset import CLASSES, Pictures, cifar_dataset, fail, run
+from evaluation import build_cnn, check_kind, confusions, predict
+from model import load_checkpoint, pick_device, try_to_write
+from train import fit, parse_options, settings_of
+
+# What is compared: how it is printed, and whether more of it is better.
+FIGURES = {
+    "test accuracy": ("{:.2%}", True),
+    "parameters": ("{:,}", False),
+    "multiply-adds a picture": ("{:,}", False),
+    "training seconds": ("{:,.0f}", False),
+    "training epochs": ("{}", None),
+    "pictures a second": ("{:,.0f}", True),
+    "checkpoint, MB": ("{:.1f}", False),
+}
+
+
+def make_resnet(small_stem: bool) -> nn.Module:
+    """ResNet18 for ten classes (He et al. 2015), weights drawn at random.
+
+    Its stem is made for 224x224 pictures and leaves 8x8 of 32x32 pixels. With
+    `small_stem` (the paper's own form for CIFAR-10) all 32x32 enter the first block.
+    """
+    resnet = resnet18(num_classes=10)
+    if small_stem:
+        resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        resnet.maxpool = nn.Identity()
+    return resnet.to(memory_format=torch.channels_last)
+
+
+def name_of(small_stem: bool) -> str:
+    return "ResNet18 with the small stem" if small_stem else "ResNet18"
+
+
+def train_resnet(args: argparse.Namespace, train_data: Pictures, device):
+    """Train the checkpoint --resnet-checkpoint unless it is finished; return it."""
+    path, name = Path(args.resnet_checkpoint), name_of(args.small_stem)
+    torch.manual_seed(args.seed)
+    resnet = make_resnet(args.small_stem)
+
+    def build(saved: dict) -> nn.Module:
+        if saved.get("model") != name:
+            raise ValueError(f"it holds {saved.get('model', 'our CNN')}, not {name}")
+        return resnet
+
+    try_to_write(path, resnet)
+    settings = settings_of(args, train_data) | {"model": name}
+    finished = False
+    if path.exists():
+        _, checkpoint = load_checkpoint(path, build)
+        finished = len(checkpoint["history"]) == checkpoint["settings"]["epochs"]
+    fit(resnet, train_data, settings, path, args.resume or finished, device)
+    return load_checkpoint(path, build)
+
+
+def measure(model, checkpoint: dict, path: Path, test_data: Pictures, device):
+    """All FIGURES of a model, and its accuracy in each class (0 to 1)."""
+    with FlopCounterMode(display=False) as counter:
+        model.cpu().eval()(torch.zeros(1, 3, 32, 32))
+    start = time.perf_counter()
+    logits = predict(model, test_data, device)
+    seconds = time.perf_counter() - start
+    table = confusions(logits, test_data.labels)
+    trained = [row["seconds"] for row in checkpoint["history"]]
+    figures = (
+        (table.trace() / table.sum()).item(),
+        sum(weight.numel() for weight in model.parameters()),
+        counter.get_total_flops() // 2,
+        sum(trained) if trained else float("nan"),  # the lecture's does not say
+        checkpoint["epoch"] + 1,
+        len(test_data) / seconds,
+        path.stat().st_size / 1e6,
+    )
+    return figures, (table.diagonal() / table.sum(1).clamp(min=1)).tolist()
+
+
+def compare(ours, theirs, name: str):
+    """Print the two models' figures side by side, and who is ahead on what."""
+    print(f"\n{'':24}{'our CNN':>14}{name:>30}")
+    ahead = {"our CNN": [], name: []}
+    for (figure, (form, more)), a, b in zip(FIGURES.items(), ours[0], theirs[0]):
+        print(f"{figure:24}{form.format(a):>14}{form.format(b):>30}")
+        if more is not None and (a > b or a < b):
+            ahead["our CNN" if (a > b) == more else name].append(figure)
+    print("\naccuracy of each class")
+    for label, a, b in zip(CLASSES, ours[1], theirs[1]):
+        print(f"{label:24}{a:>14.2%}{b:>30.2%}")
+    sides = [
+        f"{who} is ahead on {', '.join(what) or 'nothing'}"
+        for who, what in ahead.items()
+    ]
+    print(f"\n{'; '.join(sides)}.")
+
+
+def draw_curves(histories: dict[str, list], path: str):
+    """Draw loss and accuracy on the training pictures over the seconds of training."""
+    from matplotlib import pyplot  # not a requirement of the scripts
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, history in histories.items():
+        seconds = list(accumulate(row["seconds"] for row in history))
+        panels[0].plot(seconds, [row["loss"] for row in history], "o-", label=name)
+        accuracy = [100 * row["accuracy"] for row in history]
+        panels[1].plot(seconds, accuracy, "o-", label=name)
+    for panel, ylabel in zip(panels, ("training loss", "training accuracy (%)")):
+        panel.set(xlabel="training time (s)", ylabel=ylabel)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        fail(f"the curves cannot be drawn into {path}: {error}")
+    print(f"{path}: loss and accuracy of both over the seconds of training")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--resnet-checkpoint", default="resnet18_cifar.pth", metavar="FILE")
+    add("--small-stem", action="store_true", help="3x3, stride 1, no pooling")
+    add("--plot", metavar="FILE", help="draw the learning curves")
+    args = parse_options(parser)
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        fail("--plot needs matplotlib: pip install matplotlib")
+    path, device = Path(args.checkpoint), pick_device(args.device)
+    cnn, checkpoint = load_checkpoint(path, build_cnn)
+    check_kind(checkpoint, args.synthetic, path)
+    train_data, test_data = cifar_dataset(args.data, args.synthetic)
+    resnet, resnet_checkpoint = train_resnet(args, train_data, device)
+    name, resnet_path = name_of(args.small_stem), Path(args.resnet_checkpoint)
+    compare(
+        measure(cnn, checkpoint, path, test_data, device),
+        measure(resnet, resnet_checkpoint, resnet_path, test_data, device),
+        name,
+    )
+    if args.plot:
+        both = {"our CNN": checkpoint["history"], name: resnet_checkpoint["history"]}
+        draw_curves(both, args.plot)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,93 @@
+"""What compare_resnet.py promises: ResNet18 by the same loop, beside our own model."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import same_bits
+from torchvision.models import resnet18
+
+import compare_resnet
+import train
+from dataset import Pictures, cifar_dataset
+
+SHORT = ["--synthetic", "--batch-size", "100", "--epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    """Only 200 of the synthetic pictures: ResNet18 is slow."""
+
+    def few(*args):
+        train_data, test_data = cifar_dataset(*args)
+        small = Pictures(train_data.images[:200], train_data.labels[:200], True)
+        return small, Pictures(test_data.images[:200], test_data.labels[:200])
+
+    monkeypatch.setattr(compare_resnet, "cifar_dataset", few)
+
+
+def cut_to_one_epoch(monkeypatch):
+    """Stop a run as Ctrl-C in its second epoch would."""
+    whole_epoch, calls = train.train_epoch, []
+
+    def train_epoch(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole_epoch(*args)
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+
+
+def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypatch):
+    status, out, err = call(compare_resnet, *SHORT)
+    assert (status, err) == (0, "")
+    assert out.count("Epoch: ") == 2
+    parameters = next(x for x in out.splitlines() if x.startswith("parameters"))
+    expected = sum(weight.numel() for weight in resnet18(num_classes=10).parameters())
+    assert parameters.split()[2] == f"{expected:,}" == "11,181,642"
+    assert "ResNet18 is ahead on" in out
+
+    written = torch.load("resnet18_cifar.pth", weights_only=True)
+    resnet18(num_classes=10).load_state_dict(written["model_state_dict"])
+    before = (checkpoint.parent / "resnet18_cifar.pth").read_bytes()
+    assert "Epoch: " not in call(compare_resnet, *SHORT)[1]
+    assert (checkpoint.parent / "resnet18_cifar.pth").read_bytes() == before
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_to_one_epoch(patch)
+        call(compare_resnet, *SHORT, "--resnet-checkpoint", "cut.pth")
+    out = call(compare_resnet, *SHORT, "--resnet-checkpoint", "cut.pth", "--resume")[1]
+    assert out.split("1 of 2 epochs are done")[1].count("Epoch: ") == 1
+    assert same_bits("cut.pth", "resnet18_cifar.pth")
+
+
+def test_one_form_is_refused_for_the_other_by_name(call, refused, checkpoint):
+    call(compare_resnet, *SHORT)
+    before = (checkpoint.parent / "resnet18_cifar.pth").read_bytes()
+    message = refused(compare_resnet, *SHORT, "--small-stem")
+    assert "it holds ResNet18, not ResNet18 with the small stem" in message
+    same = ["--resnet-checkpoint", "cifar_cnn.pth"]
+    assert "it holds CNN, not ResNet18" in refused(compare_resnet, *SHORT, *same)
+    assert "epochs was 2" in refused(compare_resnet, *SHORT, "--epochs", "3")
+    assert (checkpoint.parent / "resnet18_cifar.pth").read_bytes() == before
+
+
+def test_small_stem_keeps_all_pixels():
+    images = torch.zeros(1, 3, 32, 32)
+    seen = []
+    for small in (False, True):
+        resnet = compare_resnet.make_resnet(small)
+        resnet.layer1.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape))
+        assert resnet.eval()(images).shape == (1, 10)
+    assert seen == [(1, 64, 8, 8), (1, 64, 32, 32)]
+
+
+def test_what_is_missing_is_named_before_any_training(refused, checkpoint, monkeypatch):
+    monkeypatch.setattr(compare_resnet, "fit", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install matplotlib" in refused(
+        compare_resnet, *SHORT, "--plot", "a.png"
+    )
+    checkpoint.unlink()
+    assert "run `python train.py` first" in refused(compare_resnet, *SHORT)
