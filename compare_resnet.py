@@ -3,7 +3,7 @@
     python train.py             # first: the model that is compared
     python compare_resnet.py    # trains resnet18_cifar.pth, or takes the finished one
 
-    python compare_resnet.py --small-stem       # for 32x32 pictures: slower, better
+    python compare_resnet.py --small-stem       # made for 32x32 pictures: much slower
     python compare_resnet.py --plot curves.png  # needs: pip install matplotlib
 
 ResNet18 starts from random weights, as ours does: no pretrained part.
@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
 from dataset import CLASSES, Pictures, cifar_dataset, fail, run
 from evaluation import build_cnn, check_kind, confusions, predict
 from model import load_checkpoint, pick_device, try_to_write
-from train import fit, parse_options, settings_of
+from train import STOPPED, fit, parse_options, settings_of
 
 # What is compared: how it is printed, and whether more of it is better.
 FIGURES = {
@@ -41,7 +42,8 @@ def make_resnet(small_stem: bool) -> nn.Module:
     """ResNet18 for ten classes (He et al. 2015), weights drawn at random.
 
     Its stem is made for 224x224 pictures and leaves 8x8 of 32x32 pixels. With
-    `small_stem` (the paper's own form for CIFAR-10) all 32x32 enter the first block.
+    `small_stem` (3x3, stride 1, no pooling, as the paper's own networks for CIFAR-10
+    begin) all 32x32 enter the first block.
     """
     resnet = resnet18(num_classes=10)
     if small_stem:
@@ -50,28 +52,27 @@ def make_resnet(small_stem: bool) -> nn.Module:
     return resnet.to(memory_format=torch.channels_last)
 
 
-def name_of(small_stem: bool) -> str:
-    return "ResNet18 with the small stem" if small_stem else "ResNet18"
+def train_resnet(args: argparse.Namespace, train_data: Pictures, path: Path, device):
+    """Train the checkpoint `path` unless it is finished; return model and checkpoint."""
+    name = "ResNet18 with the small stem" if args.small_stem else "ResNet18"
 
+    def build(checkpoint: dict) -> nn.Module:
+        found = checkpoint["settings"].get("model", "CNN")
+        if found != name:
+            raise ValueError(f"it holds {found}, not {name}")
+        return make_resnet(args.small_stem)
 
-def train_resnet(args: argparse.Namespace, train_data: Pictures, device):
-    """Train the checkpoint --resnet-checkpoint unless it is finished; return it."""
-    path, name = Path(args.resnet_checkpoint), name_of(args.small_stem)
-    torch.manual_seed(args.seed)
-    resnet = make_resnet(args.small_stem)
-
-    def build(saved: dict) -> nn.Module:
-        if saved.get("model") != name:
-            raise ValueError(f"it holds {saved.get('model', 'our CNN')}, not {name}")
-        return resnet
-
-    try_to_write(path, resnet)
-    settings = settings_of(args, train_data) | {"model": name}
-    finished = False
+    resume = False
     if path.exists():
         _, checkpoint = load_checkpoint(path, build)
-        finished = len(checkpoint["history"]) == checkpoint["settings"]["epochs"]
-    fit(resnet, train_data, settings, path, args.resume or finished, device)
+        epochs = checkpoint["settings"].get("epochs")
+        finished = len(checkpoint["history"]) == epochs
+        resume = args.resume or finished
+    torch.manual_seed(args.seed)
+    resnet = make_resnet(args.small_stem)
+    try_to_write(path, resnet)
+    settings = settings_of(args, train_data) | {"model": name}
+    fit(resnet, train_data, settings, path, resume, device)
     return load_checkpoint(path, build)
 
 
@@ -79,6 +80,7 @@ def measure(model, checkpoint: dict, path: Path, test_data: Pictures, device):
     """All FIGURES of a model, and its accuracy in each class (0 to 1)."""
     with FlopCounterMode(display=False) as counter:
         model.cpu().eval()(torch.zeros(1, 3, 32, 32))
+    predict(model, Subset(test_data, range(500)), device)  # to warm up
     start = time.perf_counter()
     logits = predict(model, test_data, device)
     seconds = time.perf_counter() - start
@@ -88,7 +90,7 @@ def measure(model, checkpoint: dict, path: Path, test_data: Pictures, device):
         (table.trace() / table.sum()).item(),
         sum(weight.numel() for weight in model.parameters()),
         counter.get_total_flops() // 2,
-        sum(trained) if trained else float("nan"),  # the lecture's does not say
+        sum(trained) or float("nan"),  # the lecture's checkpoints have no history
         checkpoint["epoch"] + 1,
         len(test_data) / seconds,
         path.stat().st_size / 1e6,
@@ -102,7 +104,7 @@ def compare(ours, theirs, name: str):
     ahead = {"our CNN": [], name: []}
     for (figure, (form, more)), a, b in zip(FIGURES.items(), ours[0], theirs[0]):
         print(f"{figure:24}{form.format(a):>14}{form.format(b):>30}")
-        if more is not None and (a > b or a < b):
+        if more is not None and (a > b or a < b):  # neither with nan
             ahead["our CNN" if (a > b) == more else name].append(figure)
     print("\naccuracy of each class")
     for label, a, b in zip(CLASSES, ours[1], theirs[1]):
@@ -138,27 +140,27 @@ def draw_curves(histories: dict[str, list], path: str):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--resnet-checkpoint", default="resnet18_cifar.pth", metavar="FILE")
+    add("--resnet-checkpoint", metavar="FILE", help="default: resnet18_cifar.pth")
     add("--small-stem", action="store_true", help="3x3, stride 1, no pooling")
     add("--plot", metavar="FILE", help="draw the learning curves")
     args = parse_options(parser)
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib")
+    form = "small_stem" if args.small_stem else "cifar"
+    resnet_path = Path(args.resnet_checkpoint or f"resnet18_{form}.pth")
     path, device = Path(args.checkpoint), pick_device(args.device)
     cnn, checkpoint = load_checkpoint(path, build_cnn)
     check_kind(checkpoint, args.synthetic, path)
     train_data, test_data = cifar_dataset(args.data, args.synthetic)
-    resnet, resnet_checkpoint = train_resnet(args, train_data, device)
-    name, resnet_path = name_of(args.small_stem), Path(args.resnet_checkpoint)
-    compare(
-        measure(cnn, checkpoint, path, test_data, device),
-        measure(resnet, resnet_checkpoint, resnet_path, test_data, device),
-        name,
-    )
+    resnet, resnet_checkpoint = train_resnet(args, train_data, resnet_path, device)
+    ours = measure(cnn, checkpoint, path, test_data, device)
+    name = resnet_checkpoint["settings"]["model"]
+    theirs = measure(resnet, resnet_checkpoint, resnet_path, test_data, device)
+    compare(ours, theirs, name)
     if args.plot:
         both = {"our CNN": checkpoint["history"], name: resnet_checkpoint["history"]}
         draw_curves(both, args.plot)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, STOPPED)

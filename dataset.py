@@ -21,13 +21,13 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]  # in the official order
 CLASSES += ["dog", "frog", "horse", "ship", "truck"]
-MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)  # red, green, blue (0..255)
-STD = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)  # both over the training pictures
+MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)  # of the training pictures:
+STD = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)  # red, green and blue (0..255)
 SHIFT = 2  # px, at most; the usual 4 is too much for a few epochs (cifar10-airbench)
 
 # All four must send the same bytes: torchvision records their md5. The official host
@@ -47,16 +47,18 @@ def fail(message) -> NoReturn:
     raise SystemExit(2)
 
 
-def run(main):
-    """Run a script's `main`; Ctrl-C, too, ends it in one line, with status 130."""
+def run(main, stopped: str = "stopped"):
+    """Run a script's `main`; Ctrl-C ends it with the line `stopped` and status 130."""
+    sys.stdout.reconfigure(line_buffering=True)  # a line is seen at once, in pipes too
     try:
         sys.exit(main())
-    except KeyboardInterrupt as stop:
-        why = str(stop) or "nothing was changed, start again"
-        print(f"\nstopped: {why}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # as in `python train.py | head -1`
         os._exit(141)  # at once: Python would try to write the rest, too
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        fail(error)
 
 
 class Pictures(Dataset):
@@ -93,7 +95,8 @@ def mirror_and_shift(images: torch.Tensor) -> torch.Tensor:
     """Augment (N, 3, 32, 32): each picture draws its own mirror and its own shift.
 
     Mirroring, and shifting over reflected edges, are a choice of rows and columns:
-    one gather does both for the whole batch.
+    one gather does both for the whole batch. |x| reflects at the first pixel, and
+    last - |last - x| at the last.
     """
     count, last = len(images), images.shape[-1] - 1
     shift = torch.randint(-SHIFT, SHIFT + 1, (2, count, 1))
@@ -112,12 +115,13 @@ def download(root: Path):
     for left_behind in root.glob(f"{part.name}*"):  # by a killed run
         left_behind.unlink()
     for url in MIRRORS:
-        print(f"Downloading {url}", flush=True)
+        print(f"Downloading {url}")
         try:
             torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
             if check_integrity(part, CIFAR10.tgz_md5):
                 return os.replace(part, root / CIFAR10.filename)
-            page = part.read_bytes()[:1] == b"<"
+            with open(part, "rb") as file:
+                page = file.read(1) == b"<"
             reason = "a web page came" if page else "cut off or altered (wrong md5)"
             print(f"  failed: {reason}, {part.stat().st_size:,} bytes")
         except (OSError, http.client.HTTPException) as error:
@@ -136,7 +140,7 @@ def read_archive(root: Path):
     """The official pictures; torchvision checks their md5 before it unpickles them."""
     whole = check_integrity(root / CIFAR10.filename, CIFAR10.tgz_md5)
     try:  # with a whole archive at hand, `download` does no more than unpack it
-        splits = [CIFAR10(root, train=part, download=whole) for part in (True, False)]
+        splits = [CIFAR10(root, train, download=whole) for train in (True, False)]
     except RuntimeError:
         names = f"{root / CIFAR10.filename} or {root / CIFAR10.base_folder}/"
         fail(f"{names} is damaged (wrong md5): delete both and start again")
@@ -145,27 +149,25 @@ def read_archive(root: Path):
 
 def read_folder(folder: Path):
     """Pictures in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
-    for path in folder.glob("*/*"):
-        if not path.is_file():  # a link back to the folder would have no end
-            fail(f"{path} is not a file: move it out of the pictures' folder")
-    print(f"Reading the pictures in {folder}/", flush=True)
-    tree = ImageFolder(folder)
-    if tree.classes != CLASSES:
-        unlike = sorted(set(tree.classes) ^ set(CLASSES))
+    print(f"Reading the pictures in {folder}/")
+    files = sorted(folder.glob("*/[!.]*"))
+    if unlike := sorted({path.parent.name for path in files} ^ set(CLASSES)):
         fail(f"{folder}/ must hold the ten classes; missing or unknown: {unlike}")
-    images = [np.asarray(read_picture(path, (32, 32))) for path, _ in tree.samples]
-    return np.stack(images), tree.targets
+    images = [np.asarray(read_picture(path, (32, 32))) for path in files]
+    return np.stack(images), [CLASSES.index(path.parent.name) for path in files]
 
 
 def read_picture(path, size: tuple[int, int] | None = None) -> Image.Image:
-    """A picture file in RGB; with `size`, another one is refused before decoding."""
+    """A picture file in RGB; with `size`, any other size is refused before decoding."""
     try:
         with Image.open(path) as image:
             if size and image.size != size:
-                raise ValueError(f"{image.width}x{image.height} px, not 32x32")
+                raise ValueError(
+                    f"{image.width}x{image.height} px, not {size[0]}x{size[1]}"
+                )
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
-        fail(f"{path} is not a usable picture ({error}): replace or delete it")
+        fail(f"{path} is not a usable picture ({error}): choose another or repair it")
 
 
 def synthetic_pictures():
@@ -187,7 +189,7 @@ def cifar_dataset(root="data", synthetic: bool = False) -> tuple[Pictures, Pictu
     `synthetic` makes a few stand-in pictures instead, the same ones every time.
     Pictures that cannot be used end the script in one line (see `fail`).
     """
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     official = root / CIFAR10.base_folder, root / CIFAR10.filename
     try:
         if synthetic:

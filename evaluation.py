@@ -4,8 +4,8 @@
     python evaluation.py --mistakes mistakes.png    # draw what it gets wrong
     python evaluation.py --image photo.jpg          # ask it about a photo of one's own
 
-It also reads the checkpoints of the lecture's train.py. The figure is of one look at
-each picture, without test-time augmentation.
+It also reads the checkpoints of the lecture's train.py. Each picture is classified
+once, as it is (no test-time augmentation).
 """
 
 import argparse
@@ -18,20 +18,21 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from dataset import CLASSES, Pictures, cifar_dataset, fail, read_picture, run
-from model import CNN, WIDTH, load_checkpoint, pick_device
+from model import CNN, MAX_WIDTH, WIDTH, load_checkpoint, pick_device
 
 TARGET = 0.55  # the accuracy that the assignment asks for
 BATCH_SIZE = 500  # pictures at a time: little memory, and larger is no faster
-BAR = 40  # characters of a bar that stands for 100 %
-WORST = 8  # mistakes drawn of each class
+BAR = 40  # characters for 100 %: a line fits a terminal of 80
+WORST = 8  # mistakes drawn of each class: the sheet fits a screen
 
 
-def build_cnn(settings: dict) -> CNN:
+def build_cnn(checkpoint: dict) -> CNN:
     """The network that a checkpoint of ours or of the lecture's needs."""
-    name = settings.get("model", "CNN")
-    if name != "CNN":
-        raise ValueError(f"it holds a {name}, not our CNN")
-    return CNN(settings.get("width", WIDTH))
+    name = checkpoint["settings"].get("model", "CNN")
+    width = checkpoint["settings"].get("width", WIDTH)
+    if name != "CNN" or not 0 < width <= MAX_WIDTH:
+        raise ValueError(f"it holds a {name} of width {width}, not our CNN")
+    return CNN(width)
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def report(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def draw_mistakes(logits: torch.Tensor, data: Pictures, path: Path):
     """Draw a row for each class: its pictures that were mistaken most confidently."""
-    cell, margin = 96, 110  # px: a picture is drawn three times as large
+    cell, margin = 100, 110  # px: a picture is drawn three times as large, and a gap
     sheet = Image.new("RGB", (margin + WORST * cell, 10 * (cell + 20)), "white")
     draw = ImageDraw.Draw(sheet)
     confidence, predicted = logits.softmax(1).max(1)
@@ -118,8 +119,9 @@ def main():
     args = parser.parse_args()
     path, device = Path(args.checkpoint), pick_device(args.device)
     model, checkpoint = load_checkpoint(path, build_cnn)
+    check_kind(checkpoint, args.synthetic, path)
     if args.image:
-        # The central square of the photo, of whatever size, made as small as CIFAR-10's.
+        # The network knows 32x32 alone, so the central square is made as small.
         small = ImageOps.fit(read_picture(args.image), (32, 32), Image.Resampling.BOX)
         photo = Pictures(
             torch.from_numpy(np.array(small)[None]).permute(0, 3, 1, 2), [0]
@@ -127,7 +129,6 @@ def main():
         for share, label in zip(*predict(model, photo, device)[0].softmax(0).topk(3)):
             print(f"{share:7.2%}  {CLASSES[label]}")
         return 0
-    check_kind(checkpoint, args.synthetic, path)
     _, test_data = cifar_dataset(args.data, args.synthetic)
     logits = predict(model, test_data, device)
     accuracy = report(logits, test_data.labels)

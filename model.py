@@ -21,42 +21,53 @@ from torch.nn import functional as F
 from dataset import fail
 
 WIDTH = 32  # channels of the first block; the next have 2 and 4 times as many
-PATCH = 2  # px: the first layer looks at 2x2 patches
+MAX_WIDTH = 1024  # a gigabyte of weights: more is a slip or an attack
+HISTORY = ("loss", "accuracy", "seconds")  # of each epoch in a checkpoint
+PATCH = 2  # px: the first layer looks at 2x2 patches, as in hlb-CIFAR10
 
 
-class Block(nn.Sequential):
-    """Two 3x3 convolutions, a pooling to half the size after the first.
+def conv_norm(channels_in: int, channels: int) -> list[nn.Module]:
+    conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(channels)]
 
-    Pooling before the norm and the activation leaves them a quarter of the work; the
-    order is that of KellerJordan/cifar10-airbench.
+
+class Block(nn.Module):
+    """A 3x3 convolution and a pooling to half the size, then `depth` more convolutions.
+
+    Pooling before the norm and the activation leaves them a quarter of the work (the
+    order is that of KellerJordan/cifar10-airbench). What the later ones find is added to
+    what they were given (He et al. 2015): two of them instead of one in the last blocks
+    are worth 0.7 points, for a tenth more time.
     """
 
-    def __init__(self, channels_in: int, channels: int):
-        super().__init__(
-            nn.Conv2d(channels_in, channels, 3, padding=1, bias=False),
-            nn.MaxPool2d(2),
-            nn.BatchNorm2d(channels),
-            nn.GELU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.GELU(),
-        )
+    def __init__(self, channels_in: int, channels: int, depth: int):
+        super().__init__()
+        conv, norm = conv_norm(channels_in, channels)
+        self.halve = nn.Sequential(conv, nn.MaxPool2d(2), norm, nn.GELU())
+        refine = conv_norm(channels, channels)
+        for _ in range(depth - 1):
+            refine += [nn.GELU(), *conv_norm(channels, channels)]
+        self.refine = nn.Sequential(*refine)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.halve(features)
+        return F.gelu(features + self.refine(features))
 
 
 class CNN(nn.Module):
     """Ten-class classifier: a whitening layer, three blocks, max pooling, one linear.
 
-    (N, 3, H, W) float32, normalised, -> (N, 10) logits. 295,106 parameters at the
-    default width; `width` scales every layer.
+    (N, 3, H, W) float32, normalised, -> (N, 10) logits. 479,810 parameters at the
+    default width; `width` scales the blocks.
     """
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
         self.whitening = nn.Conv2d(3, 2 * 3 * PATCH**2, PATCH)
         self.blocks = nn.Sequential(
-            Block(2 * 3 * PATCH**2, width),
-            Block(width, 2 * width),
-            Block(2 * width, 4 * width),
+            Block(2 * 3 * PATCH**2, width, depth=1),
+            Block(width, 2 * width, depth=2),
+            Block(2 * width, 4 * width, depth=2),
         )
         self.head = nn.Linear(4 * width, 10)
         # Convolutions on a CPU are up to twice as fast in this memory format.
@@ -69,12 +80,12 @@ class CNN(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images: torch.Tensor):
-        """Set the first layer so that its outputs are uncorrelated, and freeze it.
+        """Set the first layer's filters so that they find uncorrelated things; freeze them.
 
         Neighbouring pixels are nearly equal, so brightness drowns edges and colours.
         The eigenvectors of the 2x2 patches' covariance, each divided by the root of its
-        eigenvalue, give all of them the same variance; each filter comes with its
-        negative because the activation that follows halves what is below 0.
+        eigenvalue, have outputs of the same variance; each filter comes with its
+        negative because GELU lets next to nothing below 0 through. `images`: normalised.
         Source: tysam-code/hlb-CIFAR10; 85.7 % instead of 82.8 % after 4 epochs.
         """
         patches = F.unfold(images, PATCH).transpose(1, 2).reshape(-1, 3 * PATCH**2)
@@ -87,7 +98,7 @@ class CNN(nn.Module):
 
 
 def cannot_write(path: Path, error: OSError) -> NoReturn:
-    fail(f"{path} cannot be written: {error}. Make room or name another --checkpoint")
+    fail(f"{path} cannot be written: {error}. Make room or name another file")
 
 
 def save_checkpoint(checkpoint: dict, path: Path):
@@ -108,10 +119,10 @@ def save_checkpoint(checkpoint: dict, path: Path):
 
 
 def try_to_write(path: Path, model: nn.Module):
-    """Before hours are spent: can a checkpoint of `model` be written to `path`?"""
-    if path.is_dir():
-        fail(f"{path} is a folder: --checkpoint names a file")
+    """Before time is spent: can a checkpoint of `model` be written to `path`?"""
     try:  # a file without a name, which no crash leaves behind
+        if path.exists() and not path.is_file():
+            fail(f"{path} is not a file: name one")
         with tempfile.TemporaryFile(dir=path.parent) as file:
             file.write(bytes(4 * sum(weight.nbytes for weight in model.parameters())))
     except OSError as error:
@@ -119,29 +130,35 @@ def try_to_write(path: Path, model: nn.Module):
 
 
 def load_checkpoint(path: Path, build: Callable[[dict], nn.Module]):
-    """Read a checkpoint into the model that `build(settings)` makes; return both.
+    """Read a checkpoint into the model that `build(checkpoint)` makes; return both.
 
     All bytes are checked, no code in the file ever runs, and the weights have to fit to
     the letter; else it ends in one line (see `fail`). `settings` is what `train.py` was
     called with and `history` its epochs; both are empty in the lecture's checkpoints.
     """
-    if not path.is_file():
-        fail(f"there is no checkpoint {path}: run `python train.py` first")
     try:
+        if not path.exists():
+            fail(f"there is no checkpoint {path}: run `python train.py` first")
         with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
             if archive.testzip():
                 raise ValueError("its bytes have changed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint = {"settings": {}, "history": [], **checkpoint}
-        model, weights = build(checkpoint["settings"]), checkpoint["model_state_dict"]
+        model, weights = build(checkpoint), checkpoint["model_state_dict"]
         model.load_state_dict(weights)
         for name, tensor in model.state_dict().items():
             if weights[name].dtype != tensor.dtype or not tensor.isfinite().all():
                 raise ValueError(f"no finite {tensor.dtype} numbers in {name}")
-        if checkpoint["epoch"] < 0 or not math.isfinite(checkpoint["loss"]):
-            raise ValueError("impossible epoch or loss")
+        epoch, history = checkpoint["epoch"], checkpoint["history"]
+        if epoch < 0 or (checkpoint["settings"] and len(history) != epoch + 1):
+            raise ValueError("its epoch and its history do not agree")
+        numbers = [row[key] for row in history for key in HISTORY]
+        if not all(map(math.isfinite, [checkpoint["loss"], *numbers])):
+            raise ValueError("no finite numbers in its history")
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
-        fail(f"{path} cannot be used: {str(error)[:200]}. Delete it and train again")
+        fail(
+            f"{path} cannot be used: {str(error)[:200]}. Name another one or train again"
+        )
     return model, checkpoint
 
 
@@ -154,4 +171,4 @@ def pick_device(name: str | None) -> torch.device:
         torch.zeros(1, device=device).item()  # is it really there?
         return device
     except (RuntimeError, AssertionError):
-        fail(f"no device {name!r} here: leave --device out to get {best}")
+        fail(f"no device {name or best} here: try --device cpu")

@@ -13,8 +13,8 @@ import torch
 
 import train
 
-# Runs that are to be small: 20 steps an epoch and a narrow network.
-SMALL = ["--synthetic", "--width", "4", "--batch-size", "250", "--epochs", "2"]
+# Runs that are to be small: 20 steps in a whole epoch and a narrow network.
+SMALL = ["--synthetic", "--width", "4", "--batch-size", "250", "--epochs", "3"]
 
 
 @pytest.fixture(autouse=True)

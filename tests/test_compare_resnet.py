@@ -1,10 +1,12 @@
 """What compare_resnet.py promises: ResNet18 by the same loop, beside our own model."""
 
 import importlib.util
+import shutil
 
 import pytest
 import torch
 from conftest import same_bits
+from PIL import Image
 from torchvision.models import resnet18
 
 import compare_resnet
@@ -57,6 +59,9 @@ def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         cut_to_one_epoch(patch)
         call(compare_resnet, *SHORT, "--resnet-checkpoint", "cut.pth")
+    shutil.copy("cut.pth", "half.pth")
+    call(compare_resnet, *SHORT, "--resnet-checkpoint", "half.pth")  # from the start
+    assert same_bits("half.pth", "resnet18_cifar.pth")
     out = call(compare_resnet, *SHORT, "--resnet-checkpoint", "cut.pth", "--resume")[1]
     assert out.split("1 of 2 epochs are done")[1].count("Epoch: ") == 1
     assert same_bits("cut.pth", "resnet18_cifar.pth")
@@ -65,7 +70,8 @@ def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypat
 def test_one_form_is_refused_for_the_other_by_name(call, refused, checkpoint):
     call(compare_resnet, *SHORT)
     before = (checkpoint.parent / "resnet18_cifar.pth").read_bytes()
-    message = refused(compare_resnet, *SHORT, "--small-stem")
+    plain = ["--resnet-checkpoint", "resnet18_cifar.pth"]
+    message = refused(compare_resnet, *SHORT, "--small-stem", *plain)
     assert "it holds ResNet18, not ResNet18 with the small stem" in message
     same = ["--resnet-checkpoint", "cifar_cnn.pth"]
     assert "it holds CNN, not ResNet18" in refused(compare_resnet, *SHORT, *same)
@@ -81,6 +87,14 @@ def test_small_stem_keeps_all_pixels():
         resnet.layer1.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape))
         assert resnet.eval()(images).shape == (1, 10)
     assert seen == [(1, 64, 8, 8), (1, 64, 32, 32)]
+
+
+def test_curves_of_both_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = [{"loss": 1.5, "accuracy": 0.5, "seconds": 9.0}] * 3
+    compare_resnet.draw_curves({"ours": history, "theirs": history}, "curves.png")
+    with Image.open("curves.png") as curves:
+        assert len(curves.getcolors(maxcolors=10**6)) > 100
 
 
 def test_what_is_missing_is_named_before_any_training(refused, checkpoint, monkeypatch):

@@ -50,6 +50,8 @@ def test_training_batches_have_the_lecture_s_form():
     assert (images.shape, images.dtype) == ((64, 3, 32, 32), torch.float32)
     assert (labels.shape, labels.dtype) == ((64,), torch.int64)
     assert (len(train_data), len(test_data)) == (5000, 1000)
+    assert any(not torch.equal(train_data[0][0], train_data[0][0]) for _ in range(20))
+    assert torch.equal(test_data[0][0], test_data[0][0])
 
 
 def test_each_picture_draws_its_own_mirror_and_shift(pictures):
@@ -213,14 +215,14 @@ def server(archive):
 
 
 def test_download_names_what_fails_and_takes_the_next(
-    server, tmp_path, monkeypatch, capsys
+    server, archive, tmp_path, monkeypatch, capsys
 ):
     reasons = {
         "missing": "404",
-        "cut": "cut off",
+        "cut": f"cut off or altered (wrong md5), {len(archive) // 2:,} bytes",
         "stalling": "timed out",
         "page": "web page",
-        "altered": "md5",
+        "altered": f"cut off or altered (wrong md5), {len(archive):,} bytes",
     }
     nobody = "http://127.0.0.1:9/"
     mirrors = [nobody, *(server + kind for kind in reasons)]

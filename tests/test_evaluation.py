@@ -3,6 +3,7 @@
 import random
 from operator import delitem
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -48,15 +49,24 @@ def test_below_the_target_it_fails_with_status_1(call, checkpoint, monkeypatch):
 def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
     call(evaluation, SYNTHETIC, "--mistakes", "mistakes.png")
     with Image.open("mistakes.png") as sheet:
-        assert len(sheet.getcolors(maxcolors=10**6)) > 2  # it is not blank
+        sheet = np.asarray(sheet)
+    network, _ = model.load_checkpoint(checkpoint, evaluation.build_cnn)
+    _, test_data = cifar_dataset(synthetic=True)
+    logits = evaluation.predict(network, test_data, torch.device("cpu"))
+    confidence, taken_for = logits.softmax(1).max(1)
+    wrong = (test_data.labels == 0) & (taken_for != 0)
+    worst = test_data.images[torch.where(wrong, confidence, 0).argmax()]
+    first = sheet[:96:3, 110:206:3]  # of the airplanes, at a third of its size
+    assert (first == worst.permute(1, 2, 0).numpy()).all()
     for size in ((1, 1), (3, 700), (640, 480)):
         Image.new("L", size, 128).save("a photo.jpg")
-        status, out, _ = call(evaluation, "--image", "a photo.jpg")
+        status, out, _ = call(evaluation, SYNTHETIC, "--image", "a photo.jpg")
         assert status == 0
         assert len(out.splitlines()) == 3
         assert all(line.split()[1] in CLASSES for line in out.splitlines())
-    assert "cifar_cnn.pth" in refused(evaluation, "--image", "cifar_cnn.pth")
-    refused(evaluation, "--image", "missing.jpg")
+    assert "cifar_cnn.pth" in refused(evaluation, SYNTHETIC, "--image", "cifar_cnn.pth")
+    assert "missing" in refused(evaluation, SYNTHETIC, "--image", "missing.jpg")
+    assert "add --synthetic" in refused(evaluation, "--image", "a photo.jpg")
     refused(evaluation, SYNTHETIC, "--mistakes", "no folder/mistakes.png")
 
 
