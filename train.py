@@ -2,7 +2,7 @@
 
     python train.py                 # eight epochs, some minutes on a CPU
     python train.py --resume        # go on after a break, as if there had been none
-    python train.py --synthetic     # try it on made-up pictures: no download
+    python train.py --synthetic --checkpoint synthetic.pth    # made-up pictures
 
 The test pictures are not used here: that is what evaluation.py is for.
 """
