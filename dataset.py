@@ -65,12 +65,13 @@ class Pictures(Dataset):
     """Pictures, uint8 (N, 3, 32, 32), with their labels, N numbers in 0..9.
 
     `data[i]` is one normalised picture, float32 (3, 32, 32), and its label, an int.
-    With `augment`, each picture is mirrored and shifted at random whenever it is read.
+    With `augment`, each picture is mirrored and shifted at random whenever it is read;
+    N truth values in `mirrored` say which are mirrored instead.
     """
 
     def __init__(self, images: torch.Tensor, labels, augment: bool = False):
         self.images, self.labels = images, torch.as_tensor(labels)
-        self.augment = augment
+        self.augment, self.mirrored = augment, None
 
     def __len__(self):
         return len(self.images)
@@ -82,7 +83,9 @@ class Pictures(Dataset):
         """The samples of a whole batch; see torch.utils.data.Dataset."""
         images = self.images[indices]
         if self.augment:
-            images = mirror_and_shift(images)
+            known = self.mirrored is not None
+            mirror = self.mirrored[indices] if known else torch.rand(len(images)) < 0.5
+            images = mirror_and_shift(images, mirror)
         return list(zip(normalize(images), self.labels[indices].tolist()))
 
 
@@ -91,8 +94,8 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return (images.float() - MEAN) / STD
 
 
-def mirror_and_shift(images: torch.Tensor) -> torch.Tensor:
-    """Augment (N, 3, 32, 32): each picture draws its own mirror and its own shift.
+def mirror_and_shift(images: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+    """Augment (N, 3, 32, 32): mirror those of `mirror`, N bools; shift each at random.
 
     Mirroring, and shifting over reflected edges, are a choice of rows and columns:
     one gather does both for the whole batch. |x| reflects at the first pixel, and
@@ -101,7 +104,7 @@ def mirror_and_shift(images: torch.Tensor) -> torch.Tensor:
     count, last = len(images), images.shape[-1] - 1
     shift = torch.randint(-SHIFT, SHIFT + 1, (2, count, 1))
     rows, columns = last - (last - (torch.arange(last + 1) + shift).abs()).abs()
-    columns = torch.where(torch.rand(count, 1) < 0.5, last - columns, columns)
+    columns = torch.where(mirror.view(-1, 1), last - columns, columns)
     picture = torch.arange(count).view(-1, 1, 1)
     moved = images.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2)
@@ -160,11 +163,11 @@ def read_folder(folder: Path):
 def read_picture(path, size: tuple[int, int] | None = None) -> Image.Image:
     """A picture file in RGB; with `size`, any other size is refused before decoding."""
     try:
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise ValueError("there is no such file")
         with Image.open(path) as image:
             if size and image.size != size:
-                raise ValueError(
-                    f"{image.width}x{image.height} px, not {size[0]}x{size[1]}"
-                )
+                raise ValueError(f"its size is {image.size}, not {size}")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
         fail(f"{path} is not a usable picture ({error}): choose another or repair it")
@@ -201,6 +204,8 @@ def cifar_dataset(root="data", synthetic: bool = False) -> tuple[Pictures, Pictu
         else:
             download(root)
             splits = read_archive(root)
+    except BrokenPipeError:  # of our own output; see `run`
+        raise
     except OSError as error:
         fail(f"the pictures in {root}/ cannot be used: {error}")
     train, test = [(torch.from_numpy(x).permute(0, 3, 1, 2), y) for x, y in splits]

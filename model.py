@@ -90,7 +90,8 @@ class CNN(nn.Module):
         """
         patches = F.unfold(images, PATCH).transpose(1, 2).reshape(-1, 3 * PATCH**2)
         eigenvalues, eigenvectors = torch.linalg.eigh(patches.T.cov())
-        filters = eigenvectors.T / (eigenvalues + 5e-4).sqrt().unsqueeze(1)
+        tiny = 5e-4  # or the least eigenvalue's noise would be as loud as the rest
+        filters = eigenvectors.T / (eigenvalues + tiny).sqrt().unsqueeze(1)
         filters = filters.view(-1, 3, PATCH, PATCH)
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
         self.whitening.weight.requires_grad_(False)
@@ -104,7 +105,7 @@ def cannot_write(path: Path, error: OSError) -> NoReturn:
 def save_checkpoint(checkpoint: dict, path: Path):
     """Write `path` whole or not at all: whenever it is cut short, the old file stays."""
     part = path.with_name(f"{path.name}.part")
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch.save itself would call a full disk a RuntimeError
     torch.save(checkpoint, buffer)
     try:
         with open(part, "wb") as file:
@@ -137,7 +138,7 @@ def load_checkpoint(path: Path, build: Callable[[dict], nn.Module]):
     called with and `history` its epochs; both are empty in the lecture's checkpoints.
     """
     try:
-        if not path.exists():
+        if not path.is_file():  # a pipe would be waited for
             fail(f"there is no checkpoint {path}: run `python train.py` first")
         with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
             if archive.testzip():
@@ -156,9 +157,7 @@ def load_checkpoint(path: Path, build: Callable[[dict], nn.Module]):
         if not all(map(math.isfinite, [checkpoint["loss"], *numbers])):
             raise ValueError("no finite numbers in its history")
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
-        fail(
-            f"{path} cannot be used: {str(error)[:200]}. Name another one or train again"
-        )
+        fail(f"{path} cannot be used: {str(error)[:200]}. Name another or train again")
     return model, checkpoint
 
 

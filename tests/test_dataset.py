@@ -57,17 +57,21 @@ def test_training_batches_have_the_lecture_s_form():
 def test_each_picture_draws_its_own_mirror_and_shift(pictures):
     padded = np.pad(PIXELS[0], ((2, 2), (2, 2), (0, 0)), mode="reflect")
     crops = [padded[y : y + 32, x : x + 32] for y in range(5) for x in range(5)]
-    possible = {crop.tobytes() for crop in crops}
-    possible |= {crop[:, ::-1].tobytes() for crop in crops}
-    copies = pictures.images[:1].expand(2000, -1, -1, -1)
-    moved = dataset.mirror_and_shift(copies).permute(0, 2, 3, 1).numpy()
-    seen = {picture.tobytes() for picture in moved}
-    assert len(possible) == 50
-    assert seen == possible
+    possible = torch.from_numpy(np.stack([crops, np.flip(crops, 2)])).flatten(0, 1)
+    possible = dataset.normalize(possible.permute(0, 3, 1, 2))
+    assert len(possible.unique(dim=0)) == 50
+    copies = Pictures(pictures.images[:1].expand(2000, -1, -1, -1), [0] * 2000, True)
     torch.manual_seed(3)
-    first = dataset.mirror_and_shift(copies)
+    first, _ = next(iter(DataLoader(copies, batch_size=2000)))
+    assert torch.equal(first.unique(dim=0), possible.unique(dim=0))
     torch.manual_seed(3)
-    assert torch.equal(dataset.mirror_and_shift(copies), first)
+    again, _ = next(iter(DataLoader(copies, batch_size=2000)))
+    assert torch.equal(again, first)
+
+    copies.mirrored = torch.tensor([True, False]).repeat(1000)
+    images, _ = next(iter(DataLoader(copies, batch_size=2000)))
+    assert torch.equal(images[::2].unique(dim=0), possible[25:].unique(dim=0))
+    assert torch.equal(images[1::2].unique(dim=0), possible[:25].unique(dim=0))
 
 
 # The official archive, small: two pictures of each class for training, two for testing.

@@ -88,6 +88,10 @@ def test_a_closed_pipe_ends_without_a_traceback():
     run.stdout.readline()
     run.stdout.close()  # as `| head -1` does
     assert (run.wait(), run.stderr.read()) == (141, "")
+    command = [sys.executable, SCRIPTS / "train.py"]  # no pictures: it would download
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()  # before the first line
+    assert (run.wait(), run.stderr.read()) == (141, b"")
 
 
 def test_small_pictures_come_first_and_the_last_epoch_sees_all_of_them_whole():
@@ -112,6 +116,33 @@ def test_an_epoch_sees_the_hardest_pictures_and_half_of_the_others():
     first = torch.tensor([order[0] for order in seen])
     assert len(first.unique()) > 100  # in random order
     assert sorted(train.choose(losses, 1000)) == list(range(1000))
+
+
+def test_every_other_epoch_shows_a_picture_mirrored(call, monkeypatch):
+    whole_epoch, mirrored = train.train_epoch, []
+
+    def train_epoch(net, loader, *args):
+        mirrored.append(loader.dataset.mirrored)
+        return whole_epoch(net, loader, *args)
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    call(train, *SMALL)
+    assert 2300 < mirrored[0].sum() < 2700  # of 5,000 pictures
+    assert torch.equal(mirrored[1], ~mirrored[0])
+    assert torch.equal(mirrored[2], mirrored[0])
+
+
+def test_bfloat16_and_float32_learn_alike(call, monkeypatch):
+    losses = []
+    for fast in (True, False):
+        monkeypatch.setattr(train, "FAST_BFLOAT16", fast)
+        call(train, *SMALL)
+        checkpoint = torch.load("cifar_cnn.pth", weights_only=True)
+        weights = checkpoint["model_state_dict"]
+        assert weights["head.weight"].dtype == torch.float32
+        losses.append(checkpoint["history"][0]["loss"])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 @pytest.mark.parametrize("name", train.OPTIMIZERS)
