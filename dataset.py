@@ -13,6 +13,7 @@ import http.client
 import os
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,6 +51,8 @@ def fail(message) -> NoReturn:
 def run(main, stopped: str = "stopped"):
     """Run a script's `main`; Ctrl-C ends it with the line `stopped` and status 130."""
     sys.stdout.reconfigure(line_buffering=True)  # a line is seen at once, in pipes too
+    # A phone's photo may have 108 million pixels; twice Pillow's limit still is an error.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -164,7 +167,7 @@ def read_picture(path, size: tuple[int, int] | None = None) -> Image.Image:
     """A picture file in RGB; with `size`, any other size is refused before decoding."""
     try:
         if not Path(path).is_file():  # a pipe would be waited for
-            raise ValueError("there is no such file")
+            raise ValueError("it is not a file")
         with Image.open(path) as image:
             if size and image.size != size:
                 raise ValueError(f"its size is {image.size}, not {size}")

@@ -74,7 +74,9 @@ class CNN(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = F.gelu(self.whitening(images))
+        # Differences of neighbouring pixels, made large: too fine for train.py's bfloat16.
+        with torch.autocast("cpu", enabled=False):
+            features = F.gelu(self.whitening(images))
         features = self.blocks(features).amax((2, 3))
         return self.head(features)
 
@@ -121,11 +123,14 @@ def save_checkpoint(checkpoint: dict, path: Path):
 
 def try_to_write(path: Path, model: nn.Module):
     """Before time is spent: can a checkpoint of `model` be written to `path`?"""
-    try:  # a file without a name, which no crash leaves behind
+    size = sum(weight.nbytes for weight in model.parameters())
+    try:
         if path.exists() and not path.is_file():
             fail(f"{path} is not a file: name one")
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            file.write(bytes(4 * sum(weight.nbytes for weight in model.parameters())))
+        # Weights and momentum, and both again while the new file lies beside the old.
+        room = size * (2 if path.exists() else 4)
+        with tempfile.TemporaryFile(dir=path.parent) as file:  # no crash leaves it
+            file.write(bytes(room))
     except OSError as error:
         cannot_write(path, error)
 
