@@ -6,7 +6,9 @@
     python compare_resnet.py --small-stem       # made for 32x32 pictures: much slower
     python compare_resnet.py --plot curves.png  # needs: pip install matplotlib
 
-ResNet18 starts from random weights, as ours does: no pretrained part.
+ResNet18 starts from random weights, as ours does: no pretrained part. `--checkpoint` is
+our model and only read; `--resnet-checkpoint` is written, and the options of training
+are for ResNet18.
 """
 
 import argparse
@@ -25,15 +27,15 @@ from evaluation import build_cnn, check_kind, confusions, predict
 from model import load_checkpoint, pick_device, try_to_write
 from train import STOPPED, fit, parse_options, settings_of
 
-# What is compared: how it is printed, and whether more of it is better.
+# What is compared: how it is printed, and whether more of it is better (if it matters).
 FIGURES = {
     "test accuracy": ("{:.2%}", True),
     "parameters": ("{:,}", False),
     "multiply-adds a picture": ("{:,}", False),
     "training seconds": ("{:,.0f}", False),
     "training epochs": ("{}", None),
-    "pictures a second": ("{:,.0f}", True),
-    "checkpoint, MB": ("{:.1f}", False),
+    "pictures a second": ("{:,.0f}", None),  # one run differs from the next by 10 %
+    "checkpoint (MB)": ("{:.1f}", False),
 }
 
 
@@ -69,7 +71,7 @@ def train_resnet(args: argparse.Namespace, train_data: Pictures, path: Path, dev
         resume = args.resume or finished
     torch.manual_seed(args.seed)
     resnet = make_resnet(args.small_stem)
-    try_to_write(path, resnet)
+    try_to_write(path, resnet, resume)
     settings = settings_of(args, train_data) | {"model": name}
     fit(resnet, train_data, settings, path, resume, device)
     return load_checkpoint(path, build)
@@ -86,15 +88,16 @@ def measure(model, checkpoint: dict, path: Path, test_data: Pictures, device):
     seconds = time.perf_counter() - start
     table = confusions(logits, test_data.labels)
     trained = [row["seconds"] for row in checkpoint["history"]]
-    figures = (
-        (table.trace() / table.sum()).item(),
-        sum(weight.numel() for weight in model.parameters()),
-        counter.get_total_flops() // 2,
-        sum(trained) or float("nan"),  # the lecture's checkpoints have no history
-        checkpoint["epoch"] + 1,
-        len(test_data) / seconds,
-        path.stat().st_size / 1e6,
-    )
+    figures = {
+        "test accuracy": (table.trace() / table.sum()).item(),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "multiply-adds a picture": counter.get_total_flops() // 2,
+        # The lecture's checkpoints have no history.
+        "training seconds": sum(trained) or float("nan"),
+        "training epochs": checkpoint["epoch"] + 1,
+        "pictures a second": len(test_data) / seconds,
+        "checkpoint (MB)": path.stat().st_size / 1e6,
+    }
     return figures, (table.diagonal() / table.sum(1).clamp(min=1)).tolist()
 
 
@@ -102,7 +105,8 @@ def compare(ours, theirs, name: str):
     """Print the two models' figures side by side, and who is ahead on what."""
     print(f"\n{'':24}{'our CNN':>14}{name:>30}")
     ahead = {"our CNN": [], name: []}
-    for (figure, (form, more)), a, b in zip(FIGURES.items(), ours[0], theirs[0]):
+    for figure, (form, more) in FIGURES.items():
+        a, b = ours[0][figure], theirs[0][figure]
         print(f"{figure:24}{form.format(a):>14}{form.format(b):>30}")
         if more is not None and (a > b or a < b):  # neither with nan
             ahead["our CNN" if (a > b) == more else name].append(figure)
@@ -133,7 +137,7 @@ def draw_curves(histories: dict[str, list], path: str):
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        fail(f"the curves cannot be drawn into {path}: {error}")
+        fail(f"{path} cannot be drawn: {error}. Name a file such as curves.png")
     print(f"{path}: loss and accuracy of both over the seconds of training")
 
 

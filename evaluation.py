@@ -31,7 +31,7 @@ def build_cnn(checkpoint: dict) -> CNN:
     name = checkpoint["settings"].get("model", "CNN")
     width = checkpoint["settings"].get("width", WIDTH)
     if name != "CNN" or not 0 < width <= MAX_WIDTH:
-        raise ValueError(f"it holds a {name} of width {width}, not our CNN")
+        raise ValueError(f"it holds {name}, not our CNN of width 1 to {MAX_WIDTH}")
     return CNN(width)
 
 
@@ -52,7 +52,7 @@ def check_kind(checkpoint: dict, synthetic: bool, path: Path):
 
 def confusions(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """How often pictures of each class were taken for which: int64 (true, taken for)."""
-    pairs = 10 * labels + logits.argmax(1)
+    pairs = 10 * labels + logits.argmax(1)  # a number 0..99 for each pair
     return torch.bincount(pairs, minlength=100).view(10, 10)
 
 
@@ -100,7 +100,7 @@ def draw_mistakes(logits: torch.Tensor, data: Pictures, path: Path):
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:
-        fail(f"the mistakes cannot be drawn into {path}: {error}")
+        fail(f"{path} cannot be drawn: {error}. Name a file such as mistakes.png")
     print(f"{path}: each row one class, under each picture what it was taken for")
 
 
@@ -110,10 +110,11 @@ def main():
     )
     parser.error = fail  # one line, like all mistakes
     add, default = parser.add_argument, "default: %(default)s"
-    add("--data", default="data", metavar="DIR", help=f"the pictures, {default}")
+    add("--data", default="data", metavar="DIR", help=f"pictures' folder, {default}")
     add("--synthetic", action="store_true", help="made-up pictures, no download")
     add("--checkpoint", default="cifar_cnn.pth", metavar="FILE", help=default)
     add("--device", metavar="NAME", help="cpu, cuda, mps, ... default: the fastest")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--mistakes", metavar="FILE", help="draw the most confident mistakes")
     add("--image", metavar="FILE", help="name the likeliest classes of this photo")
     args = parser.parse_args()
@@ -123,7 +124,7 @@ def main():
     if args.image:
         # The network knows 32x32 alone, so the central square is made as small.
         small = ImageOps.fit(read_picture(args.image), (32, 32), Image.Resampling.BOX)
-        photo = Pictures(pil_to_tensor(small)[None], [0])
+        photo = Pictures(pil_to_tensor(small)[None], labels=[0])  # any: it is not used
         for share, label in zip(*predict(model, photo, device)[0].softmax(0).topk(3)):
             print(f"{share:7.2%}  {CLASSES[label]}")
         return 0
@@ -132,11 +133,14 @@ def main():
     accuracy = report(logits, test_data.labels)
     if args.mistakes:
         draw_mistakes(logits, test_data, Path(args.mistakes))
-    passed, on = accuracy >= TARGET, ""
-    if args.synthetic:
-        on = " on synthetic pictures, which says nothing of CIFAR-10"
+    passed = accuracy >= TARGET
+    kind = " on synthetic pictures, which says nothing of CIFAR-10"
+    kind = kind if args.synthetic else ""
+    done, epochs = checkpoint["epoch"] + 1, checkpoint["settings"].get("epochs")
+    if epochs and done < epochs:
+        print(f"{path} holds {done} of {epochs} epochs: go on with train.py --resume")
     verdict = "PASS" if passed else "FAIL"
-    print(f"{verdict}: {accuracy:.2%}{on} (the target is {TARGET:.0%})")
+    print(f"{verdict}: {accuracy:.2%}{kind} (the target is {TARGET:.0%})")
     return 0 if passed else 1
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.hub import tqdm
+from torch.hub import tqdm  # the progress bar, without one more package
 from torch.optim import SGD, Adagrad, Adam, RMSprop
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
@@ -38,7 +38,7 @@ BATCH_SIZE = 128  # pictures a step; 64 takes longer and is no better
 # A tenth of every target goes to all classes alike, so that no logit has to grow for
 # ever (Szegedy et al. 2016). One loss for each picture: `choose` needs it.
 CRITERION = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
-SMALL_SIZE = 24  # px: most epochs see smaller pictures, which takes half the time
+SMALL_SIZE = 24  # px: most epochs see smaller pictures, in two thirds of the time
 SMALL_EPOCHS = 0.7  # share of those epochs: +0.3 points (progressive resizing, fast.ai)
 SEEN = 0.65  # share of the pictures that most epochs see: +0.5 points (see `choose`)
 # The learning rate rises for 15 % of the run, for large steps from random weights lead
@@ -48,7 +48,7 @@ SCHEDULE = {"pct_start": 0.15, "anneal_strategy": "linear", "cycle_momentum": Fa
 # bfloat16 where the processor has instructions for it (AMD since Zen 4, Intel's servers):
 # it takes a third less time. Elsewhere, or where an older torch cannot tell, float32.
 FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-STOPPED = "stopped: go on with the same command and --resume, or start again"
+STOPPED = "stopped: same command with --resume goes on after the last finished epoch"
 DECAY = {"weight_decay": 5e-4}  # against overfitting; the usual value for CIFAR-10
 
 # The lecture's five: the class, the peak of the learning rate, the other arguments.
@@ -74,10 +74,11 @@ def choose(losses: torch.Tensor, count: int) -> list[int]:
     """The hardest pictures and half of the others: `count` of them in random order.
 
     `losses` are those of all pictures when they were last seen (0 before). A picture of
-    small loss teaches little; to skip it leaves time for one more epoch. Source:
+    small loss teaches little, and without it there is time for more epochs. Source:
     InfoBatch (Qin et al., ICLR 2024), without its weights for those that remain.
     """
     order = losses.argsort(descending=True, stable=True)
+    # hard + (all - hard) / 2 = count
     hard, others = order.tensor_split([2 * count - len(losses)])
     others = others[torch.randperm(len(others))[: count - len(hard)]]
     return torch.cat([hard, others])[torch.randperm(count)].tolist()
@@ -122,9 +123,10 @@ def fit(model, train_data: Pictures, settings: dict, path: Path, resume: bool, d
     make, _, options = OPTIMIZERS[settings["optimizer"]]
     model.to(device)
     optimizer = make(model.parameters(), settings["lr"], **options)
+    fewest = min(count for count, _ in epochs_plan)
+    if not 1 < batch_size <= fewest:
+        fail(f"--batch-size must be from 2 to {fewest:,}, the pictures of an epoch")
     steps = sum(count // batch_size for count, _ in epochs_plan)
-    if not 1 < batch_size <= min(count for count, _ in epochs_plan):
-        fail("--batch-size must be from 2 to the number of pictures in an epoch")
     # One step more, for the last scheduler.step() must lie on the curve, too.
     scheduler = OneCycleLR(optimizer, settings["lr"], steps + 1, **SCHEDULE)
     history, losses = [], torch.zeros(len(train_data))
@@ -132,22 +134,27 @@ def fit(model, train_data: Pictures, settings: dict, path: Path, resume: bool, d
         history = restore(path, model, optimizer, scheduler, losses, settings)
         print(f"{path}: {len(history)} of {epochs} epochs are done")
     elif path.exists():
-        print(f"{path} exists and is replaced when the first epoch is done")
+        old = path.with_suffix(".old.pth")
+        print(f"{path} exists: the first epoch replaces it and keeps it as {old}")
     generator = torch.Generator().manual_seed(settings["seed"])
     mirrored = torch.rand(len(train_data), generator=generator) < 0.5
     for epoch in range(len(history), epochs):
         torch.manual_seed(1000 * settings["seed"] + epoch)
         count, size = epochs_plan[epoch]
         order = choose(losses, count)
-        # Each picture is mirrored in every other epoch, so that two of them show both
-        # its sides: +0.3 points (KellerJordan/cifar10-airbench).
+        # Mirrored in every other epoch, so that two epochs in a row show both sides of
+        # a picture: +0.3 points (KellerJordan/cifar10-airbench).
         train_data.mirrored = mirrored ^ bool(epoch % 2)
         # drop_last: what batch norm finds in a last batch of a few pictures is noise.
         loader = DataLoader(train_data, batch_size, sampler=order, drop_last=True)
         if epoch > 0 and isinstance(model, CNN):
-            # Its biases have settled; to leave them alone takes a tenth less time.
+            # Its filters are fixed and its biases have settled: without them the way
+            # back is shorter, which saves a tenth of the time.
             model.whitening.requires_grad_(False)
         row, seen = train_epoch(model, loader, size, optimizer, scheduler, device)
+        numbers = [seen.mean(), *model.state_dict().values()]
+        if not all(tensor.isfinite().all() for tensor in numbers):
+            fail("the loss is not a finite number any more: choose a smaller --lr")
         losses[order[: len(seen)]] = seen
         history.append(row)
         checkpoint = {
@@ -160,9 +167,6 @@ def fit(model, train_data: Pictures, settings: dict, path: Path, resume: bool, d
             "history": history,
             "picture_losses": losses,
         }
-        numbers = [seen.mean(), *model.state_dict().values()]
-        if not all(tensor.isfinite().all() for tensor in numbers):
-            fail("the loss is not a finite number any more: choose a smaller --lr")
         save_checkpoint(checkpoint, path)
         print_epoch(history, epochs_plan, scheduler.get_last_lr()[0])
 
@@ -171,8 +175,8 @@ def print_epoch(history: list[dict], epochs_plan: list, rate: float):
     """The line of the epoch that has just been saved."""
     done, row = len(history), history[-1]
     pixels = [count * size**2 for count, size in epochs_plan]  # they take the time
-    left = sum(epoch["seconds"] for epoch in history)
-    left *= sum(pixels[done:]) / sum(pixels[:done])
+    spent = sum(epoch["seconds"] for epoch in history)
+    left = spent * sum(pixels[done:]) / sum(pixels[:done])
     print(
         f"Epoch: {done}/{len(epochs_plan)}, Loss: {row['loss']:.4f}, "
         f"Accuracy: {row['accuracy']:.2%}, Learning rate: {rate:.4f}, "
@@ -185,8 +189,10 @@ def restore(path: Path, model, optimizer, scheduler, losses, settings: dict) -> 
 
     def put_back(checkpoint: dict):  # load_checkpoint says in one line what this raises
         for name, value in settings.items():
-            if (was := checkpoint["settings"].get(name)) != value:
-                raise ValueError(f"{name} was {was} and is now {value}")
+            if (was := checkpoint["settings"].get(name, "unknown")) != value:
+                fail(
+                    f"{path} has {name} {was}, not {value}: resume with the same options"
+                )
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         losses.copy_(checkpoint["picture_losses"])
@@ -205,15 +211,15 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--optimizer", choices=OPTIMIZERS, default="momentum", help=default)
     add("--lr", type=float, metavar="X", help="peak, default: the optimizer's own")
     add("--seed", type=int, default=1, metavar="N", help=default)
-    add("--data", default="data", metavar="DIR", help=f"the pictures, {default}")
+    add("--data", default="data", metavar="DIR", help=f"pictures' folder, {default}")
     add("--synthetic", action="store_true", help="made-up pictures, no download")
     add("--checkpoint", default="cifar_cnn.pth", metavar="FILE", help=default)
     add("--resume", action="store_true", help="go on after the last finished epoch")
     add("--device", metavar="NAME", help="cpu, cuda, mps, ... default: the fastest")
     args = parser.parse_args()
     args.lr = OPTIMIZERS[args.optimizer][1] if args.lr is None else args.lr
-    limits = {"epochs": (1, 10**6), "seed": (0, 2**32), "lr": (1e-9, 1e30)}
-    limits["width"] = 1, MAX_WIDTH  # compare_resnet.py has none
+    limits = {"epochs": (1, 10**6), "seed": (0, 2**32), "lr": (1e-9, 1000)}
+    limits |= {"width": (1, MAX_WIDTH)}  # compare_resnet.py has none
     for name, (least, most) in limits.items():
         if name in args and not least <= getattr(args, name) <= most:
             fail(f"--{name} must be a number from {least} to {most:,}")
@@ -223,8 +229,8 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def settings_of(args: argparse.Namespace, train_data: Pictures) -> dict:
     """What a run depends on: a resumed one must have the same."""
     names = ("epochs", "batch_size", "optimizer", "lr", "seed", "synthetic")
-    pictures = zlib.crc32(train_data.images[::25].contiguous().numpy())
-    return {name: getattr(args, name) for name in names} | {"pictures": pictures}
+    checksum = zlib.crc32(train_data.images[::25].contiguous().numpy())
+    return {name: getattr(args, name) for name in names} | {"pictures": checksum}
 
 
 def main():
@@ -235,7 +241,7 @@ def main():
     path, device = Path(args.checkpoint), pick_device(args.device)
     torch.manual_seed(args.seed)
     model = CNN(args.width)
-    try_to_write(path, model)
+    try_to_write(path, model, args.resume)
     train_data, _ = cifar_dataset(args.data, args.synthetic)
     model.whiten(normalize(train_data.images[::25]))  # 2,000 pictures are plenty
     settings = settings_of(args, train_data) | {"model": "CNN", "width": args.width}

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import same_bits
 from PIL import Image
-from torchvision.models import resnet18
+from torchvision.models import ResNet18_Weights, resnet18
 
 import compare_resnet
 import train
-from dataset import Pictures, cifar_dataset
+from dataset import CLASSES, Pictures, cifar_dataset
 
 SHORT = ["--synthetic", "--batch-size", "100", "--epochs", "2"]
 
@@ -45,13 +45,29 @@ def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypat
     status, out, err = call(compare_resnet, *SHORT)
     assert (status, err) == (0, "")
     assert out.count("Epoch: ") == 2
-    parameters = next(x for x in out.splitlines() if x.startswith("parameters"))
-    expected = sum(weight.numel() for weight in resnet18(num_classes=10).parameters())
-    assert parameters.split()[2] == f"{expected:,}" == "11,181,642"
-    assert "ResNet18 is ahead on" in out
-
     written = torch.load("resnet18_cifar.pth", weights_only=True)
-    resnet18(num_classes=10).load_state_dict(written["model_state_dict"])
+    reference = resnet18(num_classes=10)
+    reference.load_state_dict(written["model_state_dict"])
+    _, test_data = compare_resnet.cifar_dataset("data", True)
+    with torch.no_grad():
+        images = torch.stack([image for image, _ in test_data])
+        taken_for = reference.eval()(images).argmax(1)
+    table = {line[:24].strip(): line[24:].split() for line in out.splitlines()}
+    accuracy = (taken_for == test_data.labels).float().mean().item()
+    assert table["test accuracy"][1] == f"{accuracy:.2%}"
+    ships = (taken_for == test_data.labels)[test_data.labels == CLASSES.index("ship")]
+    assert table["ship"][1] == f"{ships.float().mean().item():.2%}"
+    expected = sum(weight.numel() for weight in reference.parameters())
+    assert table["parameters"][1] == f"{expected:,}" == "11,181,642"
+    # torchvision's own count for 224x224 pictures, which have 49 times as many pixels.
+    published = ResNet18_Weights.IMAGENET1K_V1.meta["_ops"] * 1e9 / 49
+    counted = int(table["multiply-adds a picture"][1].replace(",", ""))
+    assert counted == pytest.approx(published, rel=1e-3)
+    ours, theirs = out.splitlines()[-1].split("; ResNet18 is ahead on ")
+    for less_is_better in ("parameters", "multiply-adds", "checkpoint"):
+        assert less_is_better in ours
+        assert less_is_better not in theirs
+
     before = (checkpoint.parent / "resnet18_cifar.pth").read_bytes()
     assert "Epoch: " not in call(compare_resnet, *SHORT)[1]
     assert (checkpoint.parent / "resnet18_cifar.pth").read_bytes() == before
@@ -60,7 +76,8 @@ def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypat
         cut_to_one_epoch(patch)
         call(compare_resnet, *SHORT, "--resnet-checkpoint", "cut.pth")
     shutil.copy("cut.pth", "half.pth")
-    call(compare_resnet, *SHORT, "--resnet-checkpoint", "half.pth")  # from the start
+    out = call(compare_resnet, *SHORT, "--resnet-checkpoint", "half.pth")[1]
+    assert "half.pth exists: the first epoch replaces it" in out
     assert same_bits("half.pth", "resnet18_cifar.pth")
     out = call(compare_resnet, *SHORT, "--resnet-checkpoint", "cut.pth", "--resume")[1]
     assert out.split("1 of 2 epochs are done")[1].count("Epoch: ") == 1
@@ -75,7 +92,7 @@ def test_one_form_is_refused_for_the_other_by_name(call, refused, checkpoint):
     assert "it holds ResNet18, not ResNet18 with the small stem" in message
     same = ["--resnet-checkpoint", "cifar_cnn.pth"]
     assert "it holds CNN, not ResNet18" in refused(compare_resnet, *SHORT, *same)
-    assert "epochs was 2" in refused(compare_resnet, *SHORT, "--epochs", "3")
+    assert "has epochs 2, not 3" in refused(compare_resnet, *SHORT, "--epochs", "3")
     assert (checkpoint.parent / "resnet18_cifar.pth").read_bytes() == before
 
 
@@ -94,7 +111,8 @@ def test_curves_of_both_are_drawn(tmp_path):
     history = [{"loss": 1.5, "accuracy": 0.5, "seconds": 9.0}] * 3
     compare_resnet.draw_curves({"ours": history, "theirs": history}, "curves.png")
     with Image.open("curves.png") as curves:
-        assert len(curves.getcolors(maxcolors=10**6)) > 100
+        colors = {color for _, color in curves.convert("RGB").getcolors(10**6)}
+    assert {(31, 119, 180), (255, 127, 14)} < colors  # matplotlib's first two
 
 
 def test_what_is_missing_is_named_before_any_training(refused, checkpoint, monkeypatch):
@@ -104,4 +122,4 @@ def test_what_is_missing_is_named_before_any_training(refused, checkpoint, monke
         compare_resnet, *SHORT, "--plot", "a.png"
     )
     checkpoint.unlink()
-    assert "run `python train.py` first" in refused(compare_resnet, *SHORT)
+    assert "run train.py first" in refused(compare_resnet, *SHORT)

@@ -1,5 +1,6 @@
 """What dataset.py promises: the fast path, and where the pictures come from."""
 
+import errno
 import hashlib
 import http.server
 import io
@@ -22,6 +23,7 @@ from dataset import CLASSES, Pictures, cifar_dataset
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)  # two of each class
+SPLITS = {"train": PIXELS, "test": 255 - PIXELS}
 LABELS = list(range(10)) * 2
 
 
@@ -69,9 +71,10 @@ def test_each_picture_draws_its_own_mirror_and_shift(pictures):
     assert torch.equal(again, first)
 
     copies.mirrored = torch.tensor([True, False]).repeat(1000)
-    images, _ = next(iter(DataLoader(copies, batch_size=2000)))
-    assert torch.equal(images[::2].unique(dim=0), possible[25:].unique(dim=0))
-    assert torch.equal(images[1::2].unique(dim=0), possible[:25].unique(dim=0))
+    backwards = range(1999, -1, -1)
+    images, _ = next(iter(DataLoader(copies, batch_size=2000, sampler=backwards)))
+    assert torch.equal(images[1::2].unique(dim=0), possible[25:].unique(dim=0))
+    assert torch.equal(images[::2].unique(dim=0), possible[:25].unique(dim=0))
 
 
 # The official archive, small: two pictures of each class for training, two for testing.
@@ -84,30 +87,34 @@ def md5(data: bytes) -> str:
 @pytest.fixture
 def archive(monkeypatch) -> bytes:
     """A small archive of the official layout; torchvision's md5s are set to its own."""
-    rows = PIXELS.transpose(0, 3, 1, 2).reshape(20, -1)
-    batch = pickle.dumps({"data": rows, "labels": LABELS})
+    batch, test_batch = (
+        pickle.dumps(
+            {"data": x.transpose(0, 3, 1, 2).reshape(20, -1), "labels": LABELS}
+        )
+        for x in SPLITS.values()
+    )
     meta = pickle.dumps({"label_names": CLASSES})
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        files = {"data_batch_1": batch, "test_batch": batch, "batches.meta": meta}
+        files = {"data_batch_1": batch, "test_batch": test_batch, "batches.meta": meta}
         for name, data in files.items():
             info = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", md5(batch)]])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(batch)]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(test_batch)]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(meta)})
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(packed.getvalue()))
     return packed.getvalue()
 
 
 def assert_all_pictures(root):
-    for data in cifar_dataset(root):
+    for data, expected_pixels in zip(cifar_dataset(root), SPLITS.values()):
         order = torch.argsort(data.labels, stable=True)
         expected = np.argsort(LABELS, kind="stable")
         assert data.labels[order].tolist() == sorted(LABELS)
         pixels = data.images[order].permute(0, 2, 3, 1).numpy()
-        assert (pixels == PIXELS[expected]).all()
+        assert (pixels == expected_pixels[expected]).all()
 
 
 def test_official_archive_is_unpacked_even_when_half_of_it_was(archive, tmp_path):
@@ -139,11 +146,13 @@ def test_altered_official_files_are_never_unpickled(archive, tmp_path, capsys):
 
 @pytest.fixture
 def tree(tmp_path):
-    for i, (pixels, label) in enumerate(zip(PIXELS, LABELS)):
-        for split in ("train", "test"):
+    for split, all_pixels in SPLITS.items():
+        for i, (pixels, label) in enumerate(zip(all_pixels, LABELS)):
             folder = tmp_path / "my data" / split / CLASSES[label]
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / f"{i:04}.png")
+            name = f"{i:04}.png" if i < 10 else f"{i:04}.webp"
+            Image.fromarray(pixels).save(folder / name, lossless=True)
+            (folder / ".DS_Store").touch()  # as macOS leaves them
     return tmp_path / "my data"
 
 
@@ -196,6 +205,8 @@ def server(archive):
             kind, body = self.path.strip("/"), archive
             if kind == "missing":
                 return self.send_error(404)
+            if kind == "chatter":
+                return self.wfile.write(b"this is not HTTP\r\n")
             if kind == "page":
                 body = b"<!DOCTYPE html><title>Sign in</title>"
             if kind == "altered":
@@ -227,12 +238,15 @@ def test_download_names_what_fails_and_takes_the_next(
         "stalling": "timed out",
         "page": "web page",
         "altered": f"cut off or altered (wrong md5), {len(archive):,} bytes",
+        "chatter": "this is not HTTP",
     }
     nobody = "http://127.0.0.1:9/"
     mirrors = [nobody, *(server + kind for kind in reasons)]
     monkeypatch.setattr(dataset, "STALL", 1)
     monkeypatch.setattr(dataset, "MIRRORS", [*mirrors, server + "good"])
     root = tmp_path / "new folder"
+    root.mkdir()
+    (root / f"{CIFAR10.filename}.part.0a1b").touch()  # left behind by a killed run
     assert_all_pictures(root)
     out = capsys.readouterr().out
     for kind, reason in reasons.items():
@@ -247,3 +261,15 @@ def test_download_names_what_fails_and_takes_the_next(
     err = capsys.readouterr().err
     assert all(way in err for way in (CIFAR10.filename, "--data", "--synthetic"))
     assert list(root.iterdir()) == []
+
+
+def test_a_full_disk_is_not_blamed_on_the_mirrors(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", full)
+    with pytest.raises(SystemExit, match="2"):
+        cifar_dataset(tmp_path)
+    out, err = capsys.readouterr()
+    assert out.count("Downloading") == 1
+    assert "No space left" in err

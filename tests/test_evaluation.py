@@ -1,6 +1,7 @@
 """What evaluation.py and checkpoints promise: right figures, and nothing unsafe."""
 
 import random
+from collections import Counter
 from operator import delitem
 
 import numpy as np
@@ -20,19 +21,25 @@ def test_report_agrees_with_a_plain_count(call, checkpoint):
     network, _ = model.load_checkpoint(checkpoint, evaluation.build_cnn)
     network.eval()
     _, test_data = cifar_dataset(synthetic=True)
-    correct, loss, right_of_cat = 0, 0, 0
+    correct, loss, right_of, mistakes = 0, 0, Counter(), Counter()
     with torch.no_grad():
         for image, label in test_data:
             logits = network(image[None])[0]
-            hit = logits.argmax().item() == label
-            correct += hit
-            right_of_cat += hit and label == CLASSES.index("cat")
             loss -= logits.log_softmax(0)[label].item() / 1000
+            true, taken = CLASSES[label], CLASSES[logits.argmax()]
+            correct += true == taken
+            right_of[true] += true == taken
+            if true != taken:
+                mistakes[f"{true} taken for {taken}"] += 1
     lines = out.splitlines()
     assert lines[0] == f"Accuracy: {correct / 1000:.2%} ({correct}/1000)"
     assert float(lines[1].split()[1]) == pytest.approx(loss, abs=2e-4)
-    cat = next(line.split() for line in lines if line.split()[:1] == ["cat"])
-    assert cat[1] == f"{right_of_cat / 100:.2%}"
+    for name, line in zip(CLASSES, lines[3:13], strict=True):  # of 100 pictures each
+        bar = "#" * round(0.4 * right_of[name])
+        assert line.split() == [name, f"{right_of[name]}.00%", *bar.split()]
+    worst = [line.strip().split(" x ") for line in lines[14:19]]
+    assert [int(times) for times, _ in worst] == sorted(mistakes.values())[:-6:-1]
+    assert all(mistakes[mistake] == int(times) for times, mistake in worst)
     passed = correct >= 550
     assert status == (0 if passed else 1)
     assert lines[-1].startswith("PASS" if passed else "FAIL")
@@ -44,6 +51,12 @@ def test_below_the_target_it_fails_with_status_1(call, checkpoint, monkeypatch):
     status, out, _ = call(evaluation, SYNTHETIC)
     assert status == 1
     assert out.splitlines()[-1].startswith("FAIL")
+    monkeypatch.setattr(evaluation, "report", lambda *_: 1.01)
+    status, out, _ = call(evaluation, SYNTHETIC)
+    assert status == 0  # just reached
+    assert "epochs" not in out
+    saved(lambda saved: saved["settings"].update(epochs=9))(checkpoint)
+    assert "cifar_cnn.pth holds 3 of 9 epochs" in call(evaluation, SYNTHETIC)[1]
 
 
 def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
@@ -58,6 +71,15 @@ def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
     worst = test_data.images[torch.where(wrong, confidence, 0).argmax()]
     first = sheet[:96:3, 110:206:3]  # of the airplanes, at a third of its size
     assert (first == worst.permute(1, 2, 0).numpy()).all()
+    # A test picture, ten times as large, in the middle of a black photo.
+    photo = Image.new("RGB", (640, 320))
+    pixels = Image.fromarray(test_data.images[7].permute(1, 2, 0).numpy())
+    photo.paste(pixels.resize((320, 320), Image.Resampling.NEAREST), (160, 0))
+    photo.save("square.png")
+    best = zip(*logits[7].softmax(0).topk(3))
+    expected = [f"{share:7.2%}  {CLASSES[label]}" for share, label in best]
+    out = call(evaluation, SYNTHETIC, "--image", "square.png")[1]
+    assert out.splitlines() == expected
     for size in ((1, 1), (3, 700), (640, 480)):
         Image.new("L", size, 128).save("a photo.jpg")
         status, out, _ = call(evaluation, SYNTHETIC, "--image", "a photo.jpg")
@@ -76,8 +98,9 @@ def test_whitening_makes_the_outputs_uncorrelated():
     network = model.CNN()
     network.whiten(images)
     with torch.no_grad():
-        outputs = network.whitening(images)[:, :12].transpose(0, 1).flatten(1)
-    torch.testing.assert_close(outputs.cov(), torch.eye(12), rtol=0, atol=0.02)
+        outputs = network.whitening(images).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(outputs[:12].cov(), torch.eye(12), rtol=0, atol=0.02)
+    torch.testing.assert_close(outputs[12:], -outputs[:12])
     assert not network.whitening.weight.requires_grad
 
 
@@ -115,6 +138,9 @@ DAMAGES = {
     "no weights": saved(lambda saved: delitem(saved, "model_state_dict")),
     "no epoch": saved(lambda saved: delitem(saved, "epoch")),
     "a text as epoch": saved(lambda saved: saved.update(epoch="two")),
+    "negative epoch": saved(lambda saved: saved.update(epoch=-1, settings={})),
+    "lost epochs": saved(lambda saved: saved.update(epoch=5)),
+    "nan in history": saved(lambda s: s["history"][0].update(loss=float("nan"))),
     "a lost layer": saved(lambda s: delitem(s["model_state_dict"], "head.bias")),
     "shape": head_bias(torch.zeros(11)),
     "dtype": head_bias(torch.zeros(10, dtype=torch.int32)),

@@ -48,10 +48,12 @@ def test_one_line_an_epoch_no_bar_in_a_pipe_and_the_same_bits_again(call, checkp
     assert same_bits(checkpoint, "again.pth")
     call(train, *SMALL, "--checkpoint", "other.pth", "--seed", "2")
     first, other = (
-        torch.load(path, weights_only=True)["model_state_dict"]["head.weight"]
+        torch.load(path, weights_only=True)["model_state_dict"]
         for path in (checkpoint, "other.pth")
     )
-    assert not torch.equal(first, other)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+    filters, negatives = first["whitening.weight"].chunk(2)
+    assert torch.equal(filters, -negatives)  # it was whitened
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(checkpoint):
@@ -157,6 +159,13 @@ def test_bfloat16_computes_nearly_the_same_and_saves_float32(call, monkeypatch):
     assert losses[0] != losses[1]
 
 
+def test_a_new_run_keeps_what_it_replaces(call, checkpoint, trained):
+    out = call(train, *SMALL, "--epochs", "1")[1]
+    assert "keeps it as cifar_cnn.old.pth" in out
+    assert Path("cifar_cnn.old.pth").read_bytes() == trained
+    assert checkpoint.read_bytes() != trained
+
+
 @pytest.mark.parametrize("name", train.OPTIMIZERS)
 def test_the_lecture_s_optimizers_learn_at_their_own_rate(call, name):
     call(train, *SMALL, "--batch-size", "50", "--optimizer", name)
@@ -165,7 +174,7 @@ def test_the_lecture_s_optimizers_learn_at_their_own_rate(call, name):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(refused, checkpoint, trained):
-    assert "--lr" in refused(train, *SMALL, "--lr", "1e30")
+    assert "--lr" in refused(train, *SMALL, "--lr", "1000")
     assert checkpoint.read_bytes() == trained
 
 
@@ -173,7 +182,7 @@ def test_a_finished_run_says_so_and_other_options_are_refused(
     call, refused, checkpoint, trained
 ):
     assert "3 of 3 epochs" in call(train, *SMALL, "--resume")[1]
-    assert "lr was 0.3" in refused(train, *SMALL, "--resume", "--lr", "0.1")
+    assert "has lr 0.3, not 0.1" in refused(train, *SMALL, "--resume", "--lr", "0.1")
     assert "width" in refused(train, *SMALL, "--resume", "--width", "5")
     assert checkpoint.read_bytes() == trained
 
@@ -186,6 +195,7 @@ def test_a_finished_run_says_so_and_other_options_are_refused(
         ["--lr", "nan"],
         ["--lr", "0"],
         ["--lr", "inf"],
+        ["--batch-size", "0"],
         ["--batch-size", "1"],
         ["--batch-size", "5001"],
         ["--width", "-3"],
