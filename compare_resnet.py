@@ -137,7 +137,7 @@ def draw_curves(histories: dict[str, list], path: str):
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        fail(f"{path} cannot be drawn: {error}. Name a file such as curves.png")
+        fail(f"{path} cannot be drawn: {error}. Name another, such as curves.png")
     print(f"{path}: loss and accuracy of both over the seconds of training")
 
 

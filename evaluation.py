@@ -100,7 +100,7 @@ def draw_mistakes(logits: torch.Tensor, data: Pictures, path: Path):
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:
-        fail(f"{path} cannot be drawn: {error}. Name a file such as mistakes.png")
+        fail(f"{path} cannot be drawn: {error}. Name another, such as mistakes.png")
     print(f"{path}: each row one class, under each picture what it was taken for")
 
 
