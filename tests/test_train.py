@@ -1,6 +1,7 @@
 """What train.py promises: it learns, resumes to the bit and never loses work."""
 
 import errno
+import io
 import os
 import random
 import signal
@@ -120,18 +121,29 @@ def test_an_epoch_sees_the_hardest_pictures_and_half_of_the_others():
     assert sorted(train.choose(losses, 1000)) == list(range(1000))
 
 
-def test_every_other_epoch_shows_a_picture_mirrored(call, monkeypatch):
-    whole_epoch, mirrored = train.train_epoch, []
+def test_each_epoch_is_as_planned(call, monkeypatch):
+    whole_epoch = train.train_epoch
+    mirrored, orders, sizes, losses = [], [], [], torch.zeros(5000)
 
     def train_epoch(net, loader, *args):
         mirrored.append(loader.dataset.mirrored)
-        return whole_epoch(net, loader, *args)
+        orders.append(loader.sampler)
+        hook = net.register_forward_pre_hook(lambda _, x: sizes.append(x[0].shape[-1]))
+        row, seen = whole_epoch(net, loader, *args)
+        hook.remove()
+        if len(orders) == 1:
+            losses[loader.sampler] = seen
+        return row, seen
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
     call(train, *SMALL)
-    assert 2300 < mirrored[0].sum() < 2700  # of 5,000 pictures
+    # In turn mirrored and not; small pictures first; the hardest ones in each epoch.
+    assert 2300 < mirrored[0].sum() < 2700
     assert torch.equal(mirrored[1], ~mirrored[0])
     assert torch.equal(mirrored[2], mirrored[0])
+    assert sizes == [24] * 20 + [24] * 13 + [32] * 20
+    assert [len(order) for order in orders] == [5000, 3250, 5000]
+    assert set(losses.topk(1500).indices.tolist()) < set(orders[1])
 
 
 def test_bfloat16_computes_nearly_the_same_and_saves_float32(call, monkeypatch):
@@ -184,7 +196,31 @@ def test_the_lecture_s_optimizers_learn_at_their_own_rate(call, name, kept):
     assert {key for state in states for key in state} - {"step"} == kept
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(refused, checkpoint, trained):
+def spoil_loss(network, losses):
+    losses[7] = float("nan")
+
+
+def spoil_weights(network, losses):
+    network.head.bias.data[3] = float("inf")
+
+
+@pytest.mark.parametrize("spoil", [spoil_loss, spoil_weights])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    refused, checkpoint, trained, monkeypatch, spoil
+):
+    whole_epoch = train.train_epoch
+
+    def train_epoch(network, *args):
+        row, losses = whole_epoch(network, *args)
+        spoil(network, losses)
+        return row, losses
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    assert "--lr" in refused(train, *SMALL)
+    assert checkpoint.read_bytes() == trained
+
+
+def test_a_learning_rate_that_is_too_large_is_named(refused, checkpoint, trained):
     assert "--lr" in refused(train, *SMALL, "--lr", "1000")
     assert checkpoint.read_bytes() == trained
 
@@ -194,7 +230,11 @@ def test_a_finished_run_says_so_and_other_options_are_refused(
 ):
     assert "3 of 3 epochs" in call(train, *SMALL, "--resume")[1]
     assert "has lr 0.3, not 0.1" in refused(train, *SMALL, "--resume", "--lr", "0.1")
-    assert "width" in refused(train, *SMALL, "--resume", "--width", "5")
+    others = {"width": 5, "epochs": 4, "batch-size": 125, "optimizer": "sgd", "seed": 2}
+    for name, value in others.items():
+        message = refused(train, *SMALL, "--resume", f"--{name}", value)
+        assert f"{name.replace('-', '_')} " in message
+        assert f"not {value}" in message
     assert checkpoint.read_bytes() == trained
 
 
@@ -208,7 +248,7 @@ def test_a_finished_run_says_so_and_other_options_are_refused(
         ["--lr", "inf"],
         ["--batch-size", "0"],
         ["--batch-size", "1"],
-        ["--batch-size", "5001"],
+        ["--batch-size", "4000"],  # the second epoch sees 3,250 pictures
         ["--width", "-3"],
         ["--seed", "-1"],
         ["--optimizer", "newton"],
@@ -237,8 +277,13 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     with monkeypatch.context() as patch:  # full while an epoch is saved
         patch.setattr(model.os, "fsync", full)
         assert "No space left" in refused(train, *SMALL)
-    with monkeypatch.context() as patch:  # full before the run begins
-        patch.setattr(model.tempfile, "TemporaryFile", full)
+
+    class AlmostFull(io.BytesIO):
+        def write(self, data):
+            full() if len(data) > 1000 else super().write(data)
+
+    with monkeypatch.context() as patch:  # too full before the run begins
+        patch.setattr(model.tempfile, "TemporaryFile", lambda dir: AlmostFull())
         patch.setattr(train, "cifar_dataset", None)
         assert "No space left" in refused(train, *SMALL)
     assert checkpoint.read_bytes() == trained
