@@ -27,17 +27,6 @@ from evaluation import build_cnn, check_kind, confusions, predict
 from model import load_checkpoint, pick_device, try_to_write
 from train import STOPPED, fit, parse_options, settings_of
 
-# What is compared: how it is printed, and whether more of it is better (if it matters).
-FIGURES = {
-    "test accuracy": ("{:.2%}", True),
-    "parameters": ("{:,}", False),
-    "multiply-adds a picture": ("{:,}", False),
-    "training seconds": ("{:,.0f}", False),
-    "training epochs": ("{}", None),
-    "pictures a second": ("{:,.0f}", None),  # one run differs from the next by 10 %
-    "checkpoint (MB)": ("{:.1f}", False),
-}
-
 
 def make_resnet(small_stem: bool) -> nn.Module:
     """ResNet18 for ten classes (He et al. 2015), weights drawn at random.
@@ -63,12 +52,11 @@ def train_resnet(args: argparse.Namespace, train_data: Pictures, path: Path, dev
             raise ValueError(f"it holds {found}, not {name}")
         return make_resnet(args.small_stem)
 
-    resume = False
+    resume = args.resume
     if path.exists():
         _, checkpoint = load_checkpoint(path, build)
-        epochs = checkpoint["settings"].get("epochs")
-        finished = len(checkpoint["history"]) == epochs
-        resume = args.resume or finished
+        done, epochs = checkpoint["epoch"] + 1, checkpoint["settings"].get("epochs")
+        resume = resume or done == epochs
     torch.manual_seed(args.seed)
     resnet = make_resnet(args.small_stem)
     try_to_write(path, resnet, resume)
@@ -78,7 +66,10 @@ def train_resnet(args: argparse.Namespace, train_data: Pictures, path: Path, dev
 
 
 def measure(model, checkpoint: dict, path: Path, test_data: Pictures, device):
-    """All FIGURES of a model, and its accuracy in each class (0 to 1)."""
+    """The figures of a model and its accuracy in each class (0 to 1).
+
+    Each figure comes with its form, and with whether more is better (None: neither).
+    """
     with FlopCounterMode(display=False) as counter:
         model.cpu().eval()(torch.zeros(1, 3, 32, 32))
     few = Pictures(test_data.images[:500], test_data.labels[:500])
@@ -87,16 +78,18 @@ def measure(model, checkpoint: dict, path: Path, test_data: Pictures, device):
     logits = predict(model, test_data, device)
     seconds = time.perf_counter() - start
     table = confusions(logits, test_data.labels)
-    trained = [row["seconds"] for row in checkpoint["history"]]
+    # The lecture's checkpoints have no history.
+    trained = sum(row["seconds"] for row in checkpoint["history"]) or float("nan")
+    parameters = sum(weight.numel() for weight in model.parameters())
     figures = {
-        "test accuracy": (table.trace() / table.sum()).item(),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "multiply-adds a picture": counter.get_total_flops() // 2,
-        # The lecture's checkpoints have no history.
-        "training seconds": sum(trained) or float("nan"),
-        "training epochs": checkpoint["epoch"] + 1,
-        "pictures a second": len(test_data) / seconds,
-        "checkpoint (MB)": path.stat().st_size / 1e6,
+        "test accuracy": ((table.trace() / table.sum()).item(), ".2%", True),
+        "parameters": (parameters, ",", False),
+        "multiply-adds a picture": (counter.get_total_flops() // 2, ",", False),
+        "training seconds": (trained, ",.0f", False),
+        "training epochs": (checkpoint["epoch"] + 1, "", None),
+        # One run differs from the next by 10 %.
+        "pictures a second": (len(test_data) / seconds, ",.0f", None),
+        "checkpoint (MB)": (path.stat().st_size / 1e6, ".1f", False),
     }
     return figures, (table.diagonal() / table.sum(1).clamp(min=1)).tolist()
 
@@ -105,9 +98,9 @@ def compare(ours, theirs, name: str):
     """Print the two models' figures side by side, and who is ahead on what."""
     print(f"\n{'':24}{'our CNN':>14}{name:>30}")
     ahead = {"our CNN": [], name: []}
-    for figure, (form, more) in FIGURES.items():
-        a, b = ours[0][figure], theirs[0][figure]
-        print(f"{figure:24}{form.format(a):>14}{form.format(b):>30}")
+    for figure, (a, form, more) in ours[0].items():
+        b = theirs[0][figure][0]
+        print(f"{figure:24}{a:>14{form}}{b:>30{form}}")
         if more is not None and (a > b or a < b):  # neither with nan
             ahead["our CNN" if (a > b) == more else name].append(figure)
     print("\naccuracy of each class")

@@ -51,7 +51,7 @@ def fail(message) -> NoReturn:
 
 def run(main, stopped: str = "stopped"):
     """Run a script's `main`; Ctrl-C ends it with the line `stopped` and status 130."""
-    if hasattr(sys.stdout, "reconfigure"):  # IDLE's and Jupyter's has not
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE's and Jupyter's stdout is another
         # A line is seen at once, in pipes too, and a Japanese name stops no run.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     # A phone's photo may have 108 million pixels; twice Pillow's limit still is an error.
@@ -63,7 +63,9 @@ def run(main, stopped: str = "stopped"):
         sys.exit(130)
     except BrokenPipeError:  # as in `python train.py | head -1`
         os._exit(141)  # at once: Python would try to write the rest, too
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        fail("there is not enough memory: choose a smaller --batch-size or --width")
+    except OSError as error:
         fail(error)
 
 
@@ -71,8 +73,8 @@ class Pictures(Dataset):
     """Pictures, uint8 (N, 3, 32, 32), with their labels, N numbers in 0..9.
 
     `data[i]` is one normalised picture, float32 (3, 32, 32), and its label, an int.
-    With `augment`, each picture is mirrored and shifted at random whenever it is read;
-    N truth values in `mirrored` say which are mirrored instead.
+    With `augment`, each picture is shifted at random whenever it is read, and mirrored
+    at random, too, or as N bools in `mirrored` say.
     """
 
     def __init__(self, images: torch.Tensor, labels, augment: bool = False):
@@ -129,7 +131,8 @@ def download(root: Path):
         try:
             torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
             if check_integrity(part, CIFAR10.tgz_md5):
-                return os.replace(part, root / CIFAR10.filename)
+                os.replace(part, root / CIFAR10.filename)
+                return
             with open(part, "rb") as file:
                 page = file.read(1) == b"<"
             reason = "a web page came" if page else "cut off or altered (wrong md5)"
@@ -161,7 +164,8 @@ def read_archive(root: Path):
 def read_folder(folder: Path):
     """Pictures in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
     print(f"Reading the pictures in {folder}/")
-    files = sorted(folder.glob("*/[!.]*"))  # not .DS_Store and the like
+    # Not .DS_Store, .ipynb_checkpoints and the like.
+    files = sorted(folder.glob("[!.]*/[!.]*"))
     if unlike := sorted({path.parent.name for path in files} ^ set(CLASSES)):
         fail(f"{folder}/ must hold the ten classes; missing or unknown: {unlike}")
     images = [np.asarray(read_picture(path, (32, 32))) for path in files]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from dataset import fail
 
 WIDTH = 32  # channels of the first block; the next have 2 and 4 times as many
-MAX_WIDTH = 1024  # a gigabyte of weights: more is a slip or an attack
+MAX_WIDTH = 1024  # two gigabytes of weights: more is a slip or an attack
 HISTORY = ("loss", "accuracy", "seconds")  # of each epoch in a checkpoint
 PATCH = 2  # px: the first layer looks at 2x2 patches, as in hlb-CIFAR10
 
@@ -37,8 +37,8 @@ class Block(nn.Module):
 
     Pooling before the norm and the activation leaves them a quarter of the work (the
     order is that of KellerJordan/cifar10-airbench). What the later ones find is added to
-    what they were given (He et al. 2015). Two of those in the last blocks, not one as in
-    the first, give 0.7 points more for a tenth more time.
+    what they were given: a shortcut (He et al. 2015). Two of them in the second and third
+    block, one in the first: 0.7 points more than one everywhere, for a tenth more time.
     """
 
     def __init__(self, channels_in: int, channels: int, depth: int):
@@ -85,7 +85,7 @@ class CNN(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images: torch.Tensor):
-        """Set the first layer's filters so that they find uncorrelated things; freeze them.
+        """Set the first layer's filters so that their outputs are uncorrelated; freeze them.
 
         Neighbouring pixels are nearly equal, so brightness drowns edges and colours.
         The eigenvectors of the 2x2 patches' covariance, each divided by the root of its
@@ -95,7 +95,7 @@ class CNN(nn.Module):
         """
         patches = F.unfold(images, PATCH).transpose(1, 2).reshape(-1, 3 * PATCH**2)
         eigenvalues, eigenvectors = torch.linalg.eigh(patches.T.cov())
-        tiny = 5e-4  # or the least eigenvalue's noise would be as loud as the rest
+        tiny = 5e-4  # or what is only noise would be made as large as the rest
         filters = eigenvectors.T / (eigenvalues + tiny).sqrt().unsqueeze(1)
         filters = filters.view(-1, 3, PATCH, PATCH)
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
@@ -175,9 +175,12 @@ def load_checkpoint(path: Path, build: Callable[[dict], nn.Module]):
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; without one the accelerator, where there is any."""
-    found = torch.accelerator.is_available()
-    best = str(torch.accelerator.current_accelerator()) if found else "cpu"
+    """The device of that name; without one CUDA's, or else the CPU.
+
+    Never Apple's by itself: many versions of torch compute wrong gradients there for
+    channels_last (github.com/pytorch/pytorch/issues/175189), and the CPU is fast enough.
+    """
+    best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name or best)
         torch.zeros(1, device=device).item()  # is it really there?

@@ -41,14 +41,14 @@ CRITERION = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
 SMALL_SIZE = 24  # px: most epochs see smaller pictures, in two thirds of the time
 SMALL_EPOCHS = 0.7  # share of those epochs: +0.3 points (progressive resizing, fast.ai)
 SEEN = 0.65  # share of the pictures that most epochs see: +0.5 points (see `choose`)
-# The learning rate rises for 15 % of the run, for large steps from random weights lead
-# astray, and falls to about 0, where the weights settle. The momentum stays as it is
-# (AdaGrad has none).
+# The learning rate rises for 15 % of the run, because large first steps, from random
+# weights, can make the loss explode, and falls to about 0, where the weights settle. The
+# momentum stays as it is (AdaGrad has none).
 SCHEDULE = {"pct_start": 0.15, "anneal_strategy": "linear", "cycle_momentum": False}
 # bfloat16 where the processor has instructions for it (AMD since Zen 4, Intel's servers):
 # it takes a third less time. Elsewhere, or where an older torch cannot tell, float32.
 FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-STOPPED = "stopped: same command with --resume goes on after the last finished epoch"
+STOPPED = "stopped: the same command with --resume goes on after the last whole epoch"
 DECAY = {"weight_decay": 5e-4}  # against overfitting; the usual value for CIFAR-10
 
 # The lecture's five: the class, the peak of the learning rate, the other arguments.
@@ -127,7 +127,7 @@ def fit(model, train_data: Pictures, settings: dict, path: Path, resume: bool, d
     if not 1 < batch_size <= fewest:
         fail(f"--batch-size must be from 2 to {fewest:,}, the pictures of an epoch")
     steps = sum(count // batch_size for count, _ in epochs_plan)
-    # One step more, for the last scheduler.step() must lie on the curve, too.
+    # One more, for scheduler.step() follows the last step, too: past the end it raises.
     scheduler = OneCycleLR(optimizer, settings["lr"], steps + 1, **SCHEDULE)
     history, losses = [], torch.zeros(len(train_data))
     if resume:
@@ -148,8 +148,8 @@ def fit(model, train_data: Pictures, settings: dict, path: Path, resume: bool, d
         # drop_last: what batch norm finds in a last batch of a few pictures is noise.
         loader = DataLoader(train_data, batch_size, sampler=order, drop_last=True)
         if epoch > 0 and isinstance(model, CNN):
-            # Its filters are fixed and its biases have settled: without them the way
-            # back is shorter, which saves a tenth of the time.
+            # Its filters are fixed and its biases have settled: now the backward pass
+            # can end before this layer, which saves a tenth of the time.
             model.whitening.requires_grad_(False)
         row, seen = train_epoch(model, loader, size, optimizer, scheduler, device)
         numbers = [seen.mean(), *model.state_dict().values()]
@@ -190,9 +190,7 @@ def restore(path: Path, model, optimizer, scheduler, losses, settings: dict) -> 
     def put_back(checkpoint: dict):  # load_checkpoint says in one line what this raises
         for name, value in settings.items():
             if (was := checkpoint["settings"].get(name, "unknown")) != value:
-                fail(
-                    f"{path} has {name} {was}, not {value}: resume with the same options"
-                )
+                fail(f"{path} has {name} {was}, not {value}: use that or another file")
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         losses.copy_(checkpoint["picture_losses"])
@@ -215,7 +213,7 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--synthetic", action="store_true", help="made-up pictures, no download")
     add("--checkpoint", default="cifar_cnn.pth", metavar="FILE", help=default)
     add("--resume", action="store_true", help="go on after the last finished epoch")
-    add("--device", metavar="NAME", help="cpu, cuda, mps, ... default: the fastest")
+    add("--device", metavar="NAME", help="cpu, cuda, ... default: cuda, or else cpu")
     args = parser.parse_args()
     args.lr = OPTIMIZERS[args.optimizer][1] if args.lr is None else args.lr
     limits = {"epochs": (1, 10**6), "seed": (0, 2**32), "lr": (1e-9, 1000)}
@@ -229,8 +227,9 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def settings_of(args: argparse.Namespace, train_data: Pictures) -> dict:
     """What a run depends on: a resumed one must have the same."""
     names = ("epochs", "batch_size", "optimizer", "lr", "seed", "synthetic")
+    settings = {name: getattr(args, name) for name in names}
     checksum = zlib.crc32(train_data.images[::25].contiguous().numpy())
-    return {name: getattr(args, name) for name in names} | {"pictures": checksum}
+    return settings | {"checksum of the pictures": checksum}
 
 
 def main():
@@ -246,8 +245,8 @@ def main():
     model.whiten(normalize(train_data.images[::25]))  # 2,000 pictures are plenty
     settings = settings_of(args, train_data) | {"model": "CNN", "width": args.width}
     fit(model, train_data, settings, path, args.resume, device)
-    same = " --synthetic" if args.synthetic else ""
-    print(f"{path} is finished. Next: python evaluation.py --checkpoint {path}{same}")
+    same = " --synthetic" if args.synthetic else f' --data "{args.data}"'
+    print(f'{path} is finished. Next: python evaluation.py --checkpoint "{path}"{same}')
 
 
 if __name__ == "__main__":

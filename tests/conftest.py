@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # plain `pytest` finds them,
 import torch
 
 import train
+from dataset import run
 
 # Runs that are to be small: 20 steps in a whole epoch and a narrow network.
 SMALL = ["--synthetic", "--width", "4", "--batch-size", "250", "--epochs", "3"]
@@ -31,11 +32,9 @@ def call(monkeypatch, capsys):
 
     def call(script, *options):
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, options)])
-        try:
-            status = script.main() or 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(script.main)
+        return stop.value.code or 0, *capsys.readouterr()
 
     return call
 

@@ -64,7 +64,10 @@ def test_killed_and_resumed_ends_with_the_same_bits(checkpoint):
     run.communicate()
     assert len(torch.load("killed.pth", weights_only=True)["history"]) < 3
     run = start("--checkpoint", "killed.pth", "--resume")
-    time.sleep(random.uniform(0, 4))  # anywhere: starting, training or writing
+    assert "epochs are done" in run.stdout.readline()
+    delay = random.uniform(0, 1.5)  # s: anywhere, training or writing
+    print(f"killed {delay:.2f} s after the resume")
+    time.sleep(delay)
     run.kill()
     run.communicate()
     run = start("--checkpoint", "killed.pth", "--resume")
@@ -327,3 +330,7 @@ def test_the_lecture_s_loop_runs_on_our_data_and_model(call, tmp_path):
     logits = evaluation.predict(loaded, test_data, torch.device("cpu"))
     assert (logits.argmax(1) == test_data.labels).sum().item() == correct
     assert correct > 300  # chance is 100
+
+    # And what its evaluation.py does with ours.
+    call(train, "--synthetic", "--epochs", "1", "--checkpoint", "ours.pth")
+    CNN().load_state_dict(torch.load("ours.pth")["model_state_dict"])
