@@ -84,6 +84,15 @@ def choose(losses: torch.Tensor, count: int) -> list[int]:
     return torch.cat([hard, others])[torch.randperm(count)].tolist()
 
 
+def make_optimizer(model, settings: dict, steps: int):
+    """The optimizer that `settings` name, and the schedule of its learning rate."""
+    make, _, options = OPTIMIZERS[settings["optimizer"]]
+    optimizer = make(model.parameters(), settings["lr"], **options)
+    # One more: scheduler.step() follows the last step, too, and past its end the line
+    # falls below 0.
+    return optimizer, OneCycleLR(optimizer, settings["lr"], steps + 1, **SCHEDULE)
+
+
 def train_epoch(model, loader, size, optimizer, scheduler, device):
     """One pass over the loader's pictures, made `size` px wide and high.
 
@@ -120,15 +129,11 @@ def fit(model, train_data: Pictures, settings: dict, path: Path, resume: bool, d
     """
     batch_size, epochs = settings["batch_size"], settings["epochs"]
     epochs_plan = plan(epochs, len(train_data))
-    make, _, options = OPTIMIZERS[settings["optimizer"]]
-    model.to(device)
-    optimizer = make(model.parameters(), settings["lr"], **options)
     fewest = min(count for count, _ in epochs_plan)
     if not 1 < batch_size <= fewest:
         fail(f"--batch-size must be from 2 to {fewest:,}, the pictures of an epoch")
     steps = sum(count // batch_size for count, _ in epochs_plan)
-    # One more, for scheduler.step() follows the last step, too: past the end it raises.
-    scheduler = OneCycleLR(optimizer, settings["lr"], steps + 1, **SCHEDULE)
+    optimizer, scheduler = make_optimizer(model.to(device), settings, steps)
     history, losses = [], torch.zeros(len(train_data))
     if resume:
         history = restore(path, model, optimizer, scheduler, losses, settings)
