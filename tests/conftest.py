@@ -9,6 +9,7 @@ import pytest
 # One thread, here and in the processes that tests start: the runs are small, and two
 # threads wait for each other for ages when the machine is busy. Before torch is loaded.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONUNBUFFERED", None)  # or lines would come at once in any case
 sys.path.insert(0, str(Path(__file__).parents[1]))  # plain `pytest` finds them, too
 
 import torch

@@ -140,7 +140,9 @@ DAMAGES = {
     "no epoch": saved(lambda saved: delitem(saved, "epoch")),
     "a text as epoch": saved(lambda saved: saved.update(epoch="two")),
     "negative epoch": saved(
-        lambda saved: saved.update(epoch=-1, history=[], settings={"width": 4})
+        lambda saved: saved.update(
+            epoch=-1, history=[], settings={"width": 4, "synthetic": True}
+        )
     ),
     "lost epochs": saved(lambda saved: saved.update(epoch=5)),
     "nan in history": saved(lambda s: s["history"][0].update(loss=float("nan"))),
