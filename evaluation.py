@@ -80,11 +80,8 @@ def report(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def draw_mistakes(logits: torch.Tensor, data: Pictures, path: Path):
     """Draw a row for each class: its pictures that were mistaken most confidently."""
-    cell, side, margin = (
-        100,
-        96,
-        110,
-    )  # px: 4 of a cell are a gap; the class names' width
+    cell, margin = 100, 110  # px: a picture with its gap; the class's name
+    side = 96  # px: a picture, three times as large
     sheet = Image.new("RGB", (margin + WORST * cell, 10 * (cell + 20)), "white")
     draw = ImageDraw.Draw(sheet)
     confidence, predicted = logits.softmax(1).max(1)
@@ -136,8 +133,9 @@ def main():
     if args.mistakes:
         draw_mistakes(logits, test_data, Path(args.mistakes))
     passed = accuracy >= TARGET
-    kind = " on synthetic pictures, which says nothing of CIFAR-10"
-    kind = kind if args.synthetic else ""
+    kind = ""
+    if args.synthetic:
+        kind = " on synthetic pictures, which says nothing of CIFAR-10"
     done, epochs = checkpoint["epoch"] + 1, checkpoint["settings"].get("epochs")
     if epochs and done < epochs:
         print(f"{path} holds {done} of {epochs} epochs: go on with train.py --resume")

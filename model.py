@@ -23,6 +23,7 @@ from dataset import fail
 
 WIDTH = 32  # channels of the first block; the next have 2 and 4 times as many
 MAX_WIDTH = 1024  # two gigabytes of weights: more is a slip or an attack
+OLD = ".old.pth"  # what a new run replaces is kept with this ending
 HISTORY = ("loss", "accuracy", "seconds")  # of each epoch in a checkpoint
 PATCH = 2  # px: the first layer looks at 2x2 patches, as in hlb-CIFAR10
 
@@ -110,7 +111,7 @@ def cannot_write(path: Path, error: OSError) -> NoReturn:
 def save_checkpoint(checkpoint: dict, path: Path):
     """Write `path` whole or not at all: whenever it is cut short, the old file stays.
 
-    What a new run replaces is kept beside it, as cifar_cnn.old.pth.
+    The first epoch of a new run keeps what it replaces (see OLD).
     """
     part = path.with_name(f"{path.name}.part")
     buffer = io.BytesIO()  # torch.save itself would call a full disk a RuntimeError
@@ -121,7 +122,7 @@ def save_checkpoint(checkpoint: dict, path: Path):
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
         if checkpoint["epoch"] == 0 and path.exists():
-            shutil.copyfile(path, path.with_suffix(".old.pth"))
+            shutil.copyfile(path, path.with_suffix(OLD))
         os.replace(part, path)
     except OSError as error:
         cannot_write(path, error)

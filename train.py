@@ -26,6 +26,7 @@ from dataset import Pictures, cifar_dataset, fail, normalize, run
 from model import (
     CNN,
     MAX_WIDTH,
+    OLD,
     WIDTH,
     load_checkpoint,
     pick_device,
@@ -139,7 +140,7 @@ def fit(model, train_data: Pictures, settings: dict, path: Path, resume: bool, d
         history = restore(path, model, optimizer, scheduler, losses, settings)
         print(f"{path}: {len(history)} of {epochs} epochs are done")
     elif path.exists():
-        old = path.with_suffix(".old.pth")
+        old = path.with_suffix(OLD)
         print(f"{path} exists: the first epoch replaces it and keeps it as {old}")
     generator = torch.Generator().manual_seed(settings["seed"])
     mirrored = torch.rand(len(train_data), generator=generator) < 0.5
