@@ -3,7 +3,7 @@
     python train.py             # first: the model that is compared
     python compare_resnet.py    # trains resnet18_cifar.pth, or takes the finished one
 
-    python compare_resnet.py --small-stem       # made for 32x32 pictures: much slower
+    python compare_resnet.py --small-stem       # made for 32x32 images: much slower
     python compare_resnet.py --plot curves.png  # needs: pip install matplotlib
 
 ResNet18 starts from random weights, as ours does: no pretrained part. `--checkpoint` is
@@ -22,16 +22,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
-from dataset import CLASSES, Pictures, cifar_dataset, fail, run
-from evaluation import build_cnn, check_kind, confusions, predict
-from model import load_checkpoint, pick_device, try_to_write
-from train import STOPPED, fit, parse_options, settings_of
+from dataset import CLASSES, ImageDataset, cifar_dataset, command_line, fail, run
+from evaluation import check_kind, confusions, predict
+from model import load_checkpoint, load_cnn, load_weights, pick_device, unusable
+from train import STOPPED, check_room, fit, parse_options, settings_of
+
+SMALL_STEM = "ResNet18 with the small stem"  # its name in settings and tables
 
 
 def make_resnet(small_stem: bool) -> nn.Module:
     """ResNet18 for ten classes (He et al. 2015), weights drawn at random.
 
-    Its stem is made for 224x224 pictures and leaves 8x8 of 32x32 pixels. With
+    Its stem is made for 224x224 images and leaves 8x8 of 32x32 pixels. With
     `small_stem` (3x3, stride 1, no pooling, as the paper's own networks for CIFAR-10
     begin) all 32x32 enter the first block.
     """
@@ -42,37 +44,41 @@ def make_resnet(small_stem: bool) -> nn.Module:
     return resnet.to(memory_format=torch.channels_last)
 
 
-def train_resnet(args: argparse.Namespace, train_data: Pictures, path: Path, device):
+def load_resnet(path: Path, settings: dict) -> tuple[nn.Module, dict]:
+    """The ResNet18 of a checkpoint, in the form that `settings` name, and the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    found, name = checkpoint["settings"].get("model", "CNN"), settings["model"]
+    if found != name:
+        unusable(path, f"it holds {found}, not {name}")
+    resnet = make_resnet(name == SMALL_STEM)
+    load_weights(resnet, checkpoint, path)
+    return resnet, checkpoint
+
+
+def train_resnet(args: argparse.Namespace, train_data: ImageDataset, path, device):
     """Train the checkpoint `path` unless it is finished; return model and checkpoint."""
-    name = "ResNet18 with the small stem" if args.small_stem else "ResNet18"
-
-    def build(checkpoint: dict) -> nn.Module:
-        found = checkpoint["settings"].get("model", "CNN")
-        if found != name:
-            raise ValueError(f"it holds {found}, not {name}")
-        return make_resnet(args.small_stem)
-
+    name = SMALL_STEM if args.small_stem else "ResNet18"
+    settings = settings_of(args, train_data) | {"model": name}
     resume = args.resume
     if path.exists():
-        _, checkpoint = load_checkpoint(path, build)
+        _, checkpoint = load_resnet(path, settings)
         done, epochs = checkpoint["epoch"] + 1, checkpoint["settings"].get("epochs")
         resume = resume or done == epochs
     torch.manual_seed(args.seed)
     resnet = make_resnet(args.small_stem)
-    try_to_write(path, resnet, resume)
-    settings = settings_of(args, train_data) | {"model": name}
+    check_room(resnet, path, args)
     fit(resnet, train_data, settings, path, resume, device)
-    return load_checkpoint(path, build)
+    return load_resnet(path, settings)
 
 
-def measure(model, checkpoint: dict, path: Path, test_data: Pictures, device):
+def measure(model, checkpoint: dict, path: Path, test_data: ImageDataset, device):
     """The figures of a model and its accuracy in each class (0 to 1).
 
     Each figure comes with its form, and with whether more is better (None: neither).
     """
     with FlopCounterMode(display=False) as counter:
         model.cpu().eval()(torch.zeros(1, 3, 32, 32))
-    few = Pictures(test_data.images[:500], test_data.labels[:500])
+    few = ImageDataset(test_data.images[:500], test_data.labels[:500])
     predict(model, few, device)  # what is slow only once is not timed
     start = time.perf_counter()
     logits = predict(model, test_data, device)
@@ -84,11 +90,11 @@ def measure(model, checkpoint: dict, path: Path, test_data: Pictures, device):
     figures = {
         "test accuracy": ((table.trace() / table.sum()).item(), ".2%", True),
         "parameters": (parameters, ",", False),
-        "multiply-adds a picture": (counter.get_total_flops() // 2, ",", False),
+        "MACs an image": (counter.get_total_flops() // 2, ",", False),
         "training seconds": (trained, ",.0f", False),
         "training epochs": (checkpoint["epoch"] + 1, "", None),
         # One run differs from the next by 10 %.
-        "pictures a second": (len(test_data) / seconds, ",.0f", None),
+        "images a second": (len(test_data) / seconds, ",.0f", None),
         "checkpoint (MB)": (path.stat().st_size / 1e6, ".1f", False),
     }
     return figures, (table.diagonal() / table.sum(1).clamp(min=1)).tolist()
@@ -114,7 +120,7 @@ def compare(ours, theirs, name: str):
 
 
 def draw_curves(histories: dict[str, list], path: str):
-    """Draw loss and accuracy on the training pictures over the seconds of training."""
+    """Draw loss and accuracy on the training images over the seconds of training."""
     from matplotlib import pyplot  # not a requirement of the scripts
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -135,7 +141,7 @@ def draw_curves(histories: dict[str, list], path: str):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--resnet-checkpoint", metavar="FILE", help="default: resnet18_cifar.pth")
     add("--small-stem", action="store_true", help="3x3, stride 1, no pooling")
@@ -146,7 +152,7 @@ def main():
     form = "small_stem" if args.small_stem else "cifar"
     resnet_path = Path(args.resnet_checkpoint or f"resnet18_{form}.pth")
     path, device = Path(args.checkpoint), pick_device(args.device)
-    cnn, checkpoint = load_checkpoint(path, build_cnn)
+    cnn, checkpoint = load_cnn(path)
     check_kind(checkpoint, args.synthetic, path)
     train_data, test_data = cifar_dataset(args.data, args.synthetic)
     resnet, resnet_checkpoint = train_resnet(args, train_data, resnet_path, device)

@@ -3,11 +3,13 @@
     train_data, test_data = cifar_dataset()
     train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
 
-A data set holds its pictures as one uint8 tensor. `DataLoader` asks it for a whole
-batch at once (`__getitems__`), so that a batch is gathered, augmented and normalised
-in a few tensor operations instead of picture by picture.
+A data set holds its images as one uint8 tensor. `DataLoader` asks it for a whole batch
+at once (`__getitems__`), so that a batch is gathered, augmented and normalised in a few
+tensor operations instead of image by image. At the end stands what the command lines of
+all scripts share: `fail`, `command_line` and `run`.
 """
 
+import argparse
 import errno
 import http.client
 import os
@@ -24,10 +26,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2.functional import resize
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]  # in the official order
 CLASSES += ["dog", "frog", "horse", "ship", "truck"]
-# Of the training pictures' red, green and blue (0..255).
+# Of the training images' red, green and blue (0..255).
 MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)
 STD = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)
 SHIFT = 2  # px, at most; the usual 4 is too much for a few epochs (cifar10-airbench)
@@ -43,43 +46,31 @@ MIRRORS = (
 STALL = 30  # s without a byte: then the next mirror is tried
 
 
-def fail(message) -> NoReturn:
-    """End as every user's mistake ends: one line on stderr, status 2, no traceback."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+class ImageDataset(Dataset):
+    """Images, uint8 (N, 3, 32, 32), with their labels, N numbers in 0..9.
 
-
-def run(main, stopped: str = "stopped"):
-    """Run a script's `main`; Ctrl-C ends it with the line `stopped` and status 130."""
-    if hasattr(sys.stdout, "reconfigure"):  # IDLE's and Jupyter's stdout is another
-        # A line is seen at once, in pipes too, and a Japanese name stops no run.
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    # A phone's photo may have 108 million pixels; twice Pillow's limit still is an error.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # as in `python train.py | head -1`
-        os._exit(141)  # at once: Python would try to write the rest, too
-    except (MemoryError, torch.OutOfMemoryError):
-        fail("there is not enough memory: choose a smaller --batch-size or --width")
-    except OSError as error:
-        fail(error)
-
-
-class Pictures(Dataset):
-    """Pictures, uint8 (N, 3, 32, 32), with their labels, N numbers in 0..9.
-
-    `data[i]` is one normalised picture, float32 (3, 32, 32), and its label, an int.
-    With `augment`, each picture is shifted at random whenever it is read, and mirrored
-    at random, too, or as N bools in `mirrored` say.
+    `data[i]` is one normalised image, float32 (3, 32, 32), and its label, an int. With
+    `augment`, each image is mirrored and shifted at random whenever it is read; once
+    the training loop calls `set_epoch`, it is mirrored in every other epoch instead.
     """
 
     def __init__(self, images: torch.Tensor, labels, augment: bool = False):
         self.images, self.labels = images, torch.as_tensor(labels)
-        self.augment, self.mirrored = augment, None
+        self.augment = augment
+        self.mirrored = None  # N bools, or None: at random
+        self.size = images.shape[-1]  # px
+
+    def set_epoch(self, epoch: int, size: int, seed: int):
+        """What `epoch` (from 0) sees: `size` px of each image, mirrored in alternation.
+
+        Half of the images, drawn by `seed`, are mirrored in the even epochs and the
+        others in the odd ones, so that two epochs in a row show both sides of an image:
+        +0.3 points (KellerJordan/cifar10-airbench). Smaller images take less time.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        half = torch.rand(len(self), generator=generator) < 0.5
+        self.mirrored = half ^ bool(epoch % 2)
+        self.size = size
 
     def __len__(self):
         return len(self.images)
@@ -94,8 +85,9 @@ class Pictures(Dataset):
             known = self.mirrored is not None
             mirror = self.mirrored[indices] if known else torch.rand(len(images)) < 0.5
             images = mirror_and_shift(images, mirror)
+        images = resize(normalize(images), [self.size, self.size])
         # DataLoader's collate wants samples; it stacks them into one batch again.
-        return list(zip(normalize(images), self.labels[indices].tolist()))
+        return list(zip(images, self.labels[indices].tolist()))
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -145,13 +137,13 @@ def download(root: Path):
             part.unlink(missing_ok=True)
     fail(
         f"no mirror has CIFAR-10 now: put {CIFAR10.filename} into {root}/, or name "
-        "a folder that has it with --data DIR, or try made-up pictures: "
+        "a folder that has it with --data DIR, or try synthetic images: "
         "python train.py --synthetic --checkpoint synthetic.pth"
     )
 
 
 def read_archive(root: Path):
-    """The official pictures; torchvision checks their md5 before it unpickles them."""
+    """The official images; torchvision checks their md5 before it unpickles them."""
     whole = check_integrity(root / CIFAR10.filename, CIFAR10.tgz_md5)
     try:  # with a whole archive at hand, `download` does no more than unpack it
         splits = [CIFAR10(root, train, download=whole) for train in (True, False)]
@@ -162,18 +154,18 @@ def read_archive(root: Path):
 
 
 def read_folder(folder: Path):
-    """Pictures in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
-    print(f"Reading the pictures in {folder}/")
+    """Images in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
+    print(f"Reading the images in {folder}/")
     # Not .DS_Store, .ipynb_checkpoints and the like.
     files = sorted(folder.glob("[!.]*/[!.]*"))
     if unlike := sorted({path.parent.name for path in files} ^ set(CLASSES)):
         fail(f"{folder}/ must hold the ten classes; missing or unknown: {unlike}")
-    images = [np.asarray(read_picture(path, (32, 32))) for path in files]
+    images = [np.asarray(read_image(path, (32, 32))) for path in files]
     return np.stack(images), [CLASSES.index(path.parent.name) for path in files]
 
 
-def read_picture(path, size: tuple[int, int] | None = None) -> Image.Image:
-    """A picture file in RGB; with `size`, any other size is refused before decoding."""
+def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
+    """An image file in RGB; with `size`, any other size is refused before decoding."""
     try:
         if not Path(path).is_file():  # a pipe would be waited for
             raise ValueError("it is not a file")
@@ -182,11 +174,11 @@ def read_picture(path, size: tuple[int, int] | None = None) -> Image.Image:
                 raise ValueError(f"its size is {image.size}, not {size}")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
-        fail(f"{path} is not a usable picture ({error}): choose another or repair it")
+        fail(f"{path} is not a usable image ({error}): choose another or repair it")
 
 
-def synthetic_pictures():
-    """5,000 + 1,000 pictures of ten easy kinds: a soft pattern each, under noise."""
+def synthetic_images():
+    """5,000 + 1,000 images of ten easy kinds: a soft pattern each, under noise."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(10, 3, 4, 4, generator=generator)
     patterns = F.interpolate(patterns, size=32, mode="bilinear").permute(0, 2, 3, 1)
@@ -196,19 +188,21 @@ def synthetic_pictures():
     return [(images[:5000], labels[:5000]), (images[5000:], labels[5000:])]
 
 
-def cifar_dataset(root="data", synthetic: bool = False) -> tuple[Pictures, Pictures]:
+def cifar_dataset(
+    root="data", synthetic: bool = False
+) -> tuple[ImageDataset, ImageDataset]:
     """Training data, which augments, and test data, which does not.
 
     `root` holds the official `cifar-10-batches-py/` or `cifar-10-python.tar.gz`, or
     `train/<class>/*` and `test/<class>/*`; else the archive is downloaded into it.
-    `synthetic` makes a few stand-in pictures instead, the same ones every time.
-    Pictures that cannot be used end the script in one line (see `fail`).
+    `synthetic` makes a few stand-in images instead, the same ones every time.
+    Images that cannot be used end the script in one line (see `fail`).
     """
     root = Path(os.path.expanduser(root))
     official = root / CIFAR10.base_folder, root / CIFAR10.filename
     try:
         if synthetic:
-            splits = synthetic_pictures()
+            splits = synthetic_images()
         elif any(path.exists() for path in official):
             splits = read_archive(root)
         elif (root / "train").exists() or (root / "test").exists():
@@ -219,6 +213,48 @@ def cifar_dataset(root="data", synthetic: bool = False) -> tuple[Pictures, Pictu
     except BrokenPipeError:  # of our own output; see `run`
         raise
     except OSError as error:
-        fail(f"the pictures in {root}/ cannot be used: {error}")
+        fail(f"the images in {root}/ cannot be used: {error}")
     train, test = [(torch.from_numpy(x).permute(0, 3, 1, 2), y) for x, y in splits]
-    return Pictures(*train, augment=True), Pictures(*test)
+    return ImageDataset(*train, augment=True), ImageDataset(*test)
+
+
+# What the command lines of all scripts share.
+
+
+def fail(message) -> NoReturn:
+    """End as every user's mistake ends: one line on stderr, status 2, no traceback."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def command_line(description: str) -> argparse.ArgumentParser:
+    """A parser with the options of every script; a mistake ends in one line, too."""
+    raw = argparse.RawDescriptionHelpFormatter  # line breaks as they stand
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser.error = fail
+    add, default = parser.add_argument, "default: %(default)s"
+    add("--data", default="data", metavar="DIR", help=f"the images' folder, {default}")
+    add("--synthetic", action="store_true", help="synthetic images, no download")
+    add("--checkpoint", default="cifar_cnn.pth", metavar="FILE", help=default)
+    add("--device", metavar="NAME", help="cpu, cuda, ... default: cuda, or else cpu")
+    return parser
+
+
+def run(main, stopped: str = "stopped"):
+    """Run a script's `main`; Ctrl-C ends it with the line `stopped` and status 130."""
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE's and Jupyter's stdout is another
+        # A line is seen at once, in pipes too, and a Japanese name stops no run.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    # A phone's photo may have 108 million pixels; twice Pillow's limit still is an error.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # as in `python train.py | head -1`
+        os._exit(141)  # at once: Python would try to write the rest, too
+    except (MemoryError, torch.OutOfMemoryError):
+        fail("there is not enough memory: choose a smaller --batch-size or --width")
+    except OSError as error:
+        fail(error)

@@ -1,14 +1,13 @@
-"""Report how well a trained checkpoint does on CIFAR-10's 10,000 test pictures.
+"""Report how well a trained checkpoint does on CIFAR-10's 10,000 test images.
 
     python evaluation.py                            # exit status 0 from 55 % on, else 1
     python evaluation.py --mistakes mistakes.png    # draw what it gets wrong
     python evaluation.py --image photo.jpg          # ask it about a photo of one's own
 
-It also reads the checkpoints of the lecture's train.py. Each picture is classified
+It also reads the checkpoints of the lecture's train.py. Each image is classified
 once, as it is (no test-time augmentation).
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -17,41 +16,40 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dataset import CLASSES, Pictures, cifar_dataset, fail, read_picture, run
-from model import CNN, MAX_WIDTH, WIDTH, load_checkpoint, pick_device
+from dataset import (
+    CLASSES,
+    ImageDataset,
+    cifar_dataset,
+    command_line,
+    fail,
+    read_image,
+    run,
+)
+from model import load_cnn, pick_device
 
 TARGET = 0.55  # the accuracy that the assignment asks for
-BATCH_SIZE = 500  # pictures at a time: little memory, and larger is no faster
+BATCH_SIZE = 500  # images at a time: little memory, and larger is no faster
 BAR = 40  # characters for 100 %: a line fits a terminal of 80
 WORST = 8  # mistakes drawn of each class: the sheet is 910 px wide
 
 
-def build_cnn(checkpoint: dict) -> CNN:
-    """The network that a checkpoint of ours or of the lecture's needs."""
-    name = checkpoint["settings"].get("model", "CNN")
-    width = checkpoint["settings"].get("width", WIDTH)
-    if name != "CNN" or not 0 < width <= MAX_WIDTH:
-        raise ValueError(f"it holds {name}, not our CNN of width 1 to {MAX_WIDTH}")
-    return CNN(width)
-
-
 @torch.no_grad()
-def predict(model, data: Pictures, device) -> torch.Tensor:
-    """The logits of all pictures, float32 (N, 10), on the CPU."""
+def predict(model, data: ImageDataset, device) -> torch.Tensor:
+    """The logits of all images, float32 (N, 10), on the CPU."""
     model.to(device).eval()
     loader = DataLoader(data, BATCH_SIZE)
     return torch.cat([model(images.to(device)).cpu() for images, _ in loader])
 
 
 def check_kind(checkpoint: dict, synthetic: bool, path: Path):
-    """Refuse a checkpoint of real pictures on made-up ones, and the other way round."""
+    """Refuse a checkpoint of real images on made-up ones, and the other way round."""
     if checkpoint["settings"].get("synthetic", False) != synthetic:
         kind, hint = ("real", "leave out") if synthetic else ("synthetic", "add")
-        fail(f"{path} was trained on {kind} pictures: {hint} --synthetic")
+        fail(f"{path} was trained on {kind} images: {hint} --synthetic")
 
 
 def confusions(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How often pictures of each class were taken for which: int64 (true, taken for)."""
+    """How often images of each class were taken for which: int64 (true, taken for)."""
     pairs = 10 * labels + logits.argmax(1)  # a number 0..99 for each pair
     return torch.bincount(pairs, minlength=100).view(10, 10)
 
@@ -78,10 +76,10 @@ def report(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return correct / count
 
 
-def draw_mistakes(logits: torch.Tensor, data: Pictures, path: Path):
-    """Draw a row for each class: its pictures that were mistaken most confidently."""
-    cell, margin = 100, 110  # px: a picture with its gap; the class's name
-    side = 96  # px: a picture, three times as large
+def draw_mistakes(logits: torch.Tensor, data: ImageDataset, path: Path):
+    """Draw a row for each class: its images that were mistaken most confidently."""
+    cell, margin = 100, 110  # px: an image with its gap; the class's name
+    side = 96  # px: an image, three times as large
     sheet = Image.new("RGB", (margin + WORST * cell, 10 * (cell + 20)), "white")
     draw = ImageDraw.Draw(sheet)
     confidence, predicted = logits.softmax(1).max(1)
@@ -92,38 +90,30 @@ def draw_mistakes(logits: torch.Tensor, data: Pictures, path: Path):
         wrong = wrong[confidence[wrong].argsort(descending=True)][:WORST]
         for column, i in enumerate(wrong.tolist()):
             left = margin + column * cell
-            picture = Image.fromarray(data.images[i].permute(1, 2, 0).numpy())
-            sheet.paste(picture.resize((side, side), Image.NEAREST), (left, top))
+            image = Image.fromarray(data.images[i].permute(1, 2, 0).numpy())
+            sheet.paste(image.resize((side, side), Image.NEAREST), (left, top))
             caption = f"{CLASSES[predicted[i]]} {confidence[i]:.0%}"
             draw.text((left, top + cell - 2), caption, fill="firebrick", font_size=12)
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:
         fail(f"{path} cannot be drawn: {error}. Name another, such as mistakes.png")
-    print(f"{path}: each row one class, under each picture what it was taken for")
+    print(f"{path}: each row one class, under each image what it was taken for")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = fail  # one line, like all mistakes
-    add, default = parser.add_argument, "default: %(default)s"
-    add("--data", default="data", metavar="DIR", help=f"pictures' folder, {default}")
-    add("--synthetic", action="store_true", help="made-up pictures, no download")
-    add("--checkpoint", default="cifar_cnn.pth", metavar="FILE", help=default)
-    add("--device", metavar="NAME", help="cpu, cuda, ... default: cuda, or else cpu")
+    parser = command_line(__doc__)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--mistakes", metavar="FILE", help="draw the most confident mistakes")
     add("--image", metavar="FILE", help="name the likeliest classes of this photo")
     args = parser.parse_args()
     path, device = Path(args.checkpoint), pick_device(args.device)
-    model, checkpoint = load_checkpoint(path, build_cnn)
+    model, checkpoint = load_cnn(path)
     check_kind(checkpoint, args.synthetic, path)
     if args.image:
         # The network knows 32x32 alone, so the central square is made as small.
-        small = ImageOps.fit(read_picture(args.image), (32, 32), Image.Resampling.BOX)
-        photo = Pictures(pil_to_tensor(small)[None], labels=[0])  # any: it is not used
+        small = ImageOps.fit(read_image(args.image), (32, 32), Image.Resampling.BOX)
+        photo = ImageDataset(pil_to_tensor(small)[None], labels=[0])  # any label
         for share, label in zip(*predict(model, photo, device)[0].softmax(0).topk(3)):
             print(f"{share:7.2%}  {CLASSES[label]}")
         return 0
@@ -135,7 +125,7 @@ def main():
     passed = accuracy >= TARGET
     kind = ""
     if args.synthetic:
-        kind = " on synthetic pictures, which says nothing of CIFAR-10"
+        kind = " on synthetic images, which says nothing of CIFAR-10"
     done, epochs = checkpoint["epoch"] + 1, checkpoint["settings"].get("epochs")
     if epochs and done < epochs:
         print(f"{path} holds {done} of {epochs} epochs: go on with train.py --resume")

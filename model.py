@@ -1,8 +1,14 @@
-"""The network, and how a checkpoint of it is written and read.
+"""The network, and the checkpoint as a file.
 
-model = CNN()                       # or CNN(width=64) for a network twice as wide
-model.whiten(images)                # optional: sets the first layer from pictures
-logits = model(images)              # (N, 3, 32, 32) -> (N, 10)
+    model = CNN()                       # or CNN(width=64) for a network twice as wide
+    model.whiten(images)                # optional: sets the first layer from images
+    logits = model(images)              # (N, 3, 32, 32) -> (N, 10)
+
+A checkpoint is a dict of numbers, strings and tensors with the lecture's keys `epoch`
+(from 0), `model_state_dict`, `optimizer_state_dict` and `loss`; ours adds `settings`,
+`history` and what a resume needs. It is written whole or not at all (`write_whole`), and
+reading it takes three steps: the file is sound (`read_file`), it is a checkpoint
+(`load_checkpoint`), and its weights fit the network (`load_weights`).
 """
 
 import io
@@ -11,7 +17,6 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +29,6 @@ from dataset import fail
 WIDTH = 32  # channels of the first block; the next have 2 and 4 times as many
 MAX_WIDTH = 1024  # two gigabytes of weights: more is a slip or an attack
 OLD = ".old.pth"  # what a new run replaces is kept with this ending
-HISTORY = ("loss", "accuracy", "seconds")  # of each epoch in a checkpoint
 PATCH = 2  # px: the first layer looks at 2x2 patches, as in hlb-CIFAR10
 
 
@@ -81,7 +85,7 @@ class CNN(nn.Module):
         # train.py's bfloat16 they would be rounded away.
         with torch.autocast("cpu", enabled=False):
             features = F.gelu(self.whitening(images))
-        features = self.blocks(features).amax((2, 3))  # so any size of picture fits
+        features = self.blocks(features).amax((2, 3))  # so any size of image fits
         return self.head(features)
 
     @torch.no_grad()
@@ -108,70 +112,118 @@ def cannot_write(path: Path, error: OSError) -> NoReturn:
     fail(f"cannot write {path}: {error.strerror}. Name another file or make room")
 
 
-def save_checkpoint(checkpoint: dict, path: Path):
-    """Write `path` whole or not at all: whenever it is cut short, the old file stays.
+def write_whole(path: Path, content: bytes, keep: Path | None = None):
+    """Write the file `path` whole or not at all: cut short, the old one stays.
 
-    The first epoch of a new run keeps what it replaces (see OLD).
+    `keep` is where a copy of the old one goes. A disk without room raises OSError;
+    neither errors nor Ctrl-C leave anything else behind.
     """
     part = path.with_name(f"{path.name}.part")
-    buffer = io.BytesIO()  # torch.save itself would call a full disk a RuntimeError
-    torch.save(checkpoint, buffer)
     try:
         with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
-        if checkpoint["epoch"] == 0 and path.exists():
-            shutil.copyfile(path, path.with_suffix(OLD))
+        if keep and path.exists():
+            shutil.copyfile(path, keep)
         os.replace(part, path)
-    except OSError as error:
-        cannot_write(path, error)
     finally:
         part.unlink(missing_ok=True)
 
 
-def try_to_write(path: Path, model: nn.Module, resume: bool):
-    """Before time is spent: can a checkpoint of `model` be written to `path`?"""
-    size = sum(weight.nbytes for weight in model.parameters())
+def save_checkpoint(checkpoint: dict, path: Path):
+    """Write a checkpoint; the first epoch of a new run keeps what it replaces (OLD)."""
+    buffer = io.BytesIO()  # torch.save itself would call a full disk a RuntimeError
+    torch.save(checkpoint, buffer)
+    keep = path.with_suffix(OLD) if checkpoint["epoch"] == 0 else None
+    try:
+        write_whole(path, buffer.getbuffer(), keep)
+    except OSError as error:
+        cannot_write(path, error)
+
+
+def try_to_write(path: Path, room: int):
+    """Before time is spent: can `room` bytes be written beside the checkpoint `path`?"""
     try:
         if path.exists() and not path.is_file():
             fail(f"{path} is not a file: name one")
-        # Weights and momentum; a new run leaves room for two files, the old and the new.
-        room = size * (2 if resume else 4)
         with tempfile.TemporaryFile(dir=path.parent) as file:  # no crash leaves it
             file.write(bytes(room))
     except OSError as error:
         cannot_write(path, error)
 
 
-def load_checkpoint(path: Path, build: Callable[[dict], nn.Module]):
-    """Read a checkpoint into the model that `build(checkpoint)` makes; return both.
+def unusable(path: Path, reason: str) -> NoReturn:
+    fail(f"{path} cannot be used: {reason}. Name another or train again")
 
-    All bytes are checked, no code in the file ever runs, and the weights have to fit to
-    the letter; else it ends in one line (see `fail`). `settings` is what `train.py` was
-    called with and `history` its epochs; both are empty in the lecture's checkpoints.
-    """
+
+def read_file(path: Path):
+    """What `torch.save` wrote, on the CPU; all bytes are checked, no code in it runs."""
+    if not path.is_file():  # a pipe would be waited for
+        fail(f"there is no checkpoint {path}: run train.py first, without --resume")
     try:
-        if not path.is_file():  # a pipe would be waited for
-            fail(f"there is no checkpoint {path}: run train.py first, without --resume")
         with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
             if archive.testzip():
                 raise ValueError("its bytes have changed")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint = {"settings": {}, "history": [], **checkpoint}
-        model, weights = build(checkpoint), checkpoint["model_state_dict"]
-        model.load_state_dict(weights)
-        for name, tensor in model.state_dict().items():
-            if weights[name].dtype != tensor.dtype or not tensor.isfinite().all():
-                raise ValueError(f"no finite {tensor.dtype} numbers in {name}")
-        epoch, history = checkpoint["epoch"], checkpoint["history"]
-        if epoch < 0 or (checkpoint["settings"] and len(history) != epoch + 1):
-            raise ValueError("its epoch and its history do not agree")
-        numbers = [row[key] for row in history for key in HISTORY]
-        if not all(map(math.isfinite, [checkpoint["loss"], *numbers])):
-            raise ValueError("no finite numbers in its history")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
-        fail(f"{path} cannot be used: {str(error)[:200]}. Name another or train again")
+        unusable(path, str(error)[:200])
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The checkpoint `path`, ours or the lecture's, checked but for its weights.
+
+    `settings`, what train.py was called with, and `history`, a row for each epoch, are
+    empty in the lecture's. What is no checkpoint ends in one line (see `fail`).
+    """
+    found = read_file(path)
+    if not isinstance(found, dict):
+        unusable(path, f"it holds a {type(found).__name__}, not a dict")
+    checkpoint = {"settings": {}, "history": [], **found}
+    kinds = {"epoch": int, "loss": float, "model_state_dict": dict}
+    for key, kind in (kinds | {"settings": dict, "history": list}).items():
+        if not isinstance(checkpoint.get(key), kind):
+            unusable(path, f"its {key} is missing or not of the kind {kind.__name__}")
+    epoch, history = checkpoint["epoch"], checkpoint["history"]
+    if epoch < 0 or (checkpoint["settings"] and len(history) != epoch + 1):
+        unusable(path, "its epoch and its history do not agree")
+    numbers = [checkpoint["loss"]]
+    for row in history:
+        numbers += row.values() if isinstance(row, dict) else [None]
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+        unusable(path, "its loss or its history is not all finite numbers")
+    return checkpoint
+
+
+def load_weights(model: nn.Module, checkpoint: dict, path: Path):
+    """Put a checkpoint's weights into `model`; they have to fit to the letter."""
+    weights, own = checkpoint["model_state_dict"], model.state_dict()
+    if missing := own.keys() ^ weights.keys():
+        unusable(path, f"it is of another network: {min(missing, key=str)} differs")
+    for name, tensor in own.items():
+        given = weights[name]
+        if not isinstance(given, torch.Tensor) or form(given) != form(tensor):
+            unusable(path, f"it is of another network: {name} differs")
+        if not given.isfinite().all():
+            unusable(path, f"{name} has a number that is not finite")
+    model.load_state_dict(weights)
+
+
+def form(tensor: torch.Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.layout
+
+
+def load_cnn(path: Path) -> tuple["CNN", dict]:
+    """The network of a checkpoint of ours or of the lecture's, and the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    name = checkpoint["settings"].get("model", "CNN")
+    width = checkpoint["settings"].get("width", WIDTH)  # the lecture's has the default
+    if name != "CNN":
+        unusable(path, f"it holds {name}, not our CNN")
+    if not isinstance(width, int) or not 0 < width <= MAX_WIDTH:
+        unusable(path, f"its width is not from 1 to {MAX_WIDTH}")
+    model = CNN(width)
+    load_weights(model, checkpoint, path)
     return model, checkpoint
 
 

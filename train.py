@@ -1,11 +1,11 @@
-"""Train the classifier on CIFAR-10's training pictures; save it after each epoch.
+"""Train the classifier on CIFAR-10's training images; save it after each epoch.
 
     python train.py                 # thirteen epochs, some minutes on a CPU
     python train.py --resume        # go on after a break, as if there had been none
-    python train.py --synthetic --checkpoint synthetic.pth    # made-up pictures
+    python train.py --synthetic --checkpoint synthetic.pth    # synthetic images
 
-Measured: 90.0 % of the test pictures right (mean of three seeds) after three minutes on
-two cores. The test pictures are not used here: that is what evaluation.py is for.
+Measured: 90.0 % of the test images right (mean of three seeds) after three minutes on
+two cores. The test images are not used here: that is what evaluation.py is for.
 """
 
 import argparse
@@ -14,67 +14,70 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.hub import tqdm  # the progress bar, without one more package
 from torch.optim import SGD, Adagrad, Adam, RMSprop
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2.functional import resize
 
-from dataset import Pictures, cifar_dataset, fail, normalize, run
+from dataset import ImageDataset, cifar_dataset, command_line, fail, normalize, run
 from model import (
     CNN,
     MAX_WIDTH,
     OLD,
     WIDTH,
     load_checkpoint,
+    load_weights,
     pick_device,
     save_checkpoint,
     try_to_write,
+    unusable,
 )
 
 EPOCHS = 13  # about as long as the lecture's 20 epochs of a small network take
-BATCH_SIZE = 128  # pictures a step; 64 takes longer and is no better
+BATCH_SIZE = 128  # images a step; 64 takes longer and is no better
 # A tenth of every target goes to all classes alike, so that no logit has to grow for
-# ever (Szegedy et al. 2016). One loss for each picture: `choose` needs it.
+# ever (Szegedy et al. 2016). One loss for each image: `choose` needs it.
 CRITERION = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
-SMALL_SIZE = 24  # px: most epochs see smaller pictures, in two thirds of the time
+SMALL_SIZE = 24  # px: most epochs see smaller images, in two thirds of the time
 SMALL_EPOCHS = 0.7  # share of those epochs: +0.3 points (progressive resizing, fast.ai)
-SEEN = 0.65  # share of the pictures that most epochs see: +0.5 points (see `choose`)
-# The learning rate rises for 15 % of the run, because large first steps, from random
-# weights, can make the loss explode, and falls to about 0, where the weights settle. The
-# momentum stays as it is (AdaGrad has none).
-SCHEDULE = {"pct_start": 0.15, "anneal_strategy": "linear", "cycle_momentum": False}
+HARD = 0.3  # share of images that most epochs see for sure: +0.5 points (see `choose`)
+WARM_UP = 0.15  # share of the steps in which the learning rate rises
 # bfloat16 where the processor has instructions for it (AMD since Zen 4, Intel's servers):
 # it takes a third less time. Elsewhere, or where an older torch cannot tell, float32.
 FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 STOPPED = "stopped: the same command with --resume goes on after the last whole epoch"
 DECAY = {"weight_decay": 5e-4}  # against overfitting; the usual value for CIFAR-10
 
-# The lecture's five: the class, the peak of the learning rate, the other arguments.
+# The lecture's five: the class, the peak of the learning rate, how many numbers it keeps
+# of each weight, the other arguments.
 OPTIMIZERS = {
-    "sgd": (SGD, 1.0, DECAY),
-    "momentum": (SGD, 0.3, DECAY | {"momentum": 0.9, "nesterov": True}),
-    "adagrad": (Adagrad, 0.02, {}),
-    "rmsprop": (RMSprop, 0.002, {}),
-    "adam": (Adam, 0.002, {}),
+    "sgd": (SGD, 1.0, 0, DECAY),
+    "momentum": (SGD, 0.3, 1, DECAY | {"momentum": 0.9, "nesterov": True}),
+    "adagrad": (Adagrad, 0.02, 1, {}),
+    "rmsprop": (RMSprop, 0.002, 1, {}),
+    "adam": (Adam, 0.002, 2, {}),
 }
 
 
-def plan(epochs: int, pictures: int) -> list[tuple[int, int]]:
-    """How many pictures each epoch sees, and in which size (px)."""
+def plan(epochs: int, batch_size: int, images: int) -> list[tuple[int, int]]:
+    """How many images each epoch sees, and in which size (px)."""
     small, whole = int(SMALL_EPOCHS * epochs), max(1, epochs // 8)
     sizes = [SMALL_SIZE] * small + [32] * (epochs - small)
-    some = [int(SEEN * pictures)] * (epochs - 1 - whole)
-    counts = [pictures, *some, *[pictures] * whole]  # the last eighth sees all again
+    some = [int((HARD + 1) / 2 * images)] * (epochs - 1 - whole)
+    counts = [images, *some, *[images] * whole]  # the last eighth sees all again
+    if not 1 < batch_size <= min(counts):
+        most = f"{min(counts):,}, the images of an epoch"
+        fail(f"--batch-size must be from 2 to {most}")
     return list(zip(counts[:epochs], sizes))
 
 
 def choose(losses: torch.Tensor, count: int) -> list[int]:
-    """The hardest pictures and half of the others: `count` of them in random order.
+    """The hardest images and half of the others: `count` of them in random order.
 
-    `losses` are those of all pictures when they were last seen (0 before). A picture of
+    `losses` are those of all images when they were last seen (0 before). An image of
     small loss teaches little, and without it there is time for more epochs. Source:
     InfoBatch (Qin et al., ICLR 2024), without its weights for those that remain.
     """
@@ -85,27 +88,33 @@ def choose(losses: torch.Tensor, count: int) -> list[int]:
     return torch.cat([hard, others])[torch.randperm(count)].tolist()
 
 
-def make_optimizer(model, settings: dict, steps: int):
-    """The optimizer that `settings` name, and the schedule of its learning rate."""
-    make, _, options = OPTIMIZERS[settings["optimizer"]]
-    optimizer = make(model.parameters(), settings["lr"], **options)
-    # One more: scheduler.step() follows the last step, too, and past its end the line
-    # falls below 0.
-    return optimizer, OneCycleLR(optimizer, settings["lr"], steps + 1, **SCHEDULE)
+def make_optimizer(model: nn.Module, settings: dict) -> torch.optim.Optimizer:
+    optimizer, _, _, options = OPTIMIZERS[settings["optimizer"]]
+    return optimizer(model.parameters(), settings["lr"], **options)
 
 
-def train_epoch(model, loader, size, optimizer, scheduler, device):
-    """One pass over the loader's pictures, made `size` px wide and high.
+def learning_rate(step: int, steps: int) -> float:
+    """The learning rate of a step (from 0) as a share of its peak: up, then down.
 
-    Returns a row of the history (mean loss, accuracy from 0 to 1, seconds), and the loss
-    of each picture.
+    Large first steps, from random weights, can make the loss explode; towards 0 the
+    weights settle. The last step is followed by one more, of which nothing is left.
+    """
+    turn = WARM_UP * (steps + 1) - 1
+    return float(np.interp(step, [0, turn, steps], [0.04, 1, 4e-6]))
+
+
+def train_epoch(model, loader, optimizer, scheduler, device):
+    """One pass over the loader's images.
+
+    Returns a row of the history (mean loss, accuracy from 0 to 1, learning rate at the
+    end, seconds), and the loss of each image, float32 (N,).
     """
     model.train()
     start = time.perf_counter()
     correct, losses = 0, []
     with tqdm(total=len(loader), leave=False, disable=not sys.stderr.isatty()) as bar:
         for images, labels in loader:
-            images, labels = resize(images, [size, size]).to(device), labels.to(device)
+            images, labels = images.to(device), labels.to(device)
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=FAST_BFLOAT16):
                 logits = model(images).float()
@@ -116,110 +125,117 @@ def train_epoch(model, loader, size, optimizer, scheduler, device):
             losses.append(loss.detach().cpu())
             correct += (logits.argmax(1) == labels).sum().item()
             bar.update(1)
-    losses, seconds = torch.cat(losses), time.perf_counter() - start
-    loss, accuracy = losses.mean().item(), correct / len(losses)
-    return {"loss": loss, "accuracy": accuracy, "seconds": seconds}, losses
+    losses = torch.cat(losses)
+    row = {
+        "loss": losses.mean().item(),
+        "accuracy": correct / len(losses),
+        "learning_rate": scheduler.get_last_lr()[0],
+        "seconds": time.perf_counter() - start,
+    }
+    return row, losses
 
 
-def fit(model, train_data: Pictures, settings: dict, path: Path, resume: bool, device):
+def freeze_first_layer(model: nn.Module, epoch: int):
+    """After the first epoch the whitening layer's biases have settled.
+
+    Its filters are fixed anyway, so the backward pass can end before this layer, which
+    saves a tenth of the time.
+    """
+    if epoch > 0 and isinstance(model, CNN):
+        model.whitening.requires_grad_(False)
+
+
+def check_finite(model: nn.Module, losses: torch.Tensor):
+    numbers = [losses.mean(), *model.state_dict().values()]
+    if not all(tensor.isfinite().all() for tensor in numbers):
+        fail("the loss is not a finite number any more: choose a smaller --lr")
+
+
+def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, device):
     """Train `model` as `settings` say; write the checkpoint `path` after each epoch.
 
     With `resume` it goes on after the last finished epoch and ends, on a CPU, with the
     same bits as without the break: the random numbers of an epoch follow from seed and
     epoch alone, and the checkpoint holds all else that the next epoch depends on.
     """
-    batch_size, epochs = settings["batch_size"], settings["epochs"]
-    epochs_plan = plan(epochs, len(train_data))
-    fewest = min(count for count, _ in epochs_plan)
-    if not 1 < batch_size <= fewest:
-        fail(f"--batch-size must be from 2 to {fewest:,}, the pictures of an epoch")
-    steps = sum(count // batch_size for count, _ in epochs_plan)
-    optimizer, scheduler = make_optimizer(model.to(device), settings, steps)
-    history, losses = [], torch.zeros(len(train_data))
+    seed, batch_size = settings["seed"], settings["batch_size"]
+    epochs = plan(settings["epochs"], batch_size, len(train_data))
+    optimizer = make_optimizer(model.to(device), settings)
+    parts = {"model": model, "optimizer": optimizer}  # all that has a state of its own
+    history, image_losses = [], torch.zeros(len(train_data))
     if resume:
-        history = restore(path, model, optimizer, scheduler, losses, settings)
-        print(f"{path}: {len(history)} of {epochs} epochs are done")
+        history, image_losses = restore(path, parts, settings)
     elif path.exists():
         old = path.with_suffix(OLD)
         print(f"{path} exists: the first epoch replaces it and keeps it as {old}")
-    generator = torch.Generator().manual_seed(settings["seed"])
-    mirrored = torch.rand(len(train_data), generator=generator) < 0.5
-    for epoch in range(len(history), epochs):
-        torch.manual_seed(1000 * settings["seed"] + epoch)
-        count, size = epochs_plan[epoch]
-        order = choose(losses, count)
-        # Mirrored in every other epoch, so that two epochs in a row show both sides of
-        # a picture: +0.3 points (KellerJordan/cifar10-airbench).
-        train_data.mirrored = mirrored ^ bool(epoch % 2)
-        # drop_last: what batch norm finds in a last batch of a few pictures is noise.
-        loader = DataLoader(train_data, batch_size, sampler=order, drop_last=True)
-        if epoch > 0 and isinstance(model, CNN):
-            # Its filters are fixed and its biases have settled: now the backward pass
-            # can end before this layer, which saves a tenth of the time.
-            model.whitening.requires_grad_(False)
-        row, seen = train_epoch(model, loader, size, optimizer, scheduler, device)
-        numbers = [seen.mean(), *model.state_dict().values()]
-        if not all(tensor.isfinite().all() for tensor in numbers):
-            fail("the loss is not a finite number any more: choose a smaller --lr")
-        losses[order[: len(seen)]] = seen
+    steps = [count // batch_size for count, _ in epochs]
+    done = sum(steps[: len(history)])
+    scheduler = LambdaLR(optimizer, lambda i: learning_rate(i, sum(steps)), done - 1)
+    for epoch in range(len(history), len(epochs)):
+        torch.manual_seed(1000 * seed + epoch)
+        count, size = epochs[epoch]
+        train_data.set_epoch(epoch, size, seed)
+        chosen = choose(image_losses, count)
+        # drop_last: what batch norm finds in a last batch of a few images is noise.
+        loader = DataLoader(train_data, batch_size, sampler=chosen, drop_last=True)
+        freeze_first_layer(model, epoch)
+        row, losses = train_epoch(model, loader, optimizer, scheduler, device)
+        check_finite(model, losses)
+        image_losses[chosen[: len(losses)]] = losses
         history.append(row)
-        checkpoint = {
-            "epoch": epoch,
-            "model_state_dict": model.state_dict(),
-            "optimizer_state_dict": optimizer.state_dict(),
-            "scheduler_state_dict": scheduler.state_dict(),
-            "loss": row["loss"],
-            "settings": settings,
-            "history": history,
-            "picture_losses": losses,
-        }
+        checkpoint = {"epoch": epoch, "loss": row["loss"], "settings": settings}
+        checkpoint |= {"history": history, "image_losses": image_losses}
+        for name, part in parts.items():
+            checkpoint[f"{name}_state_dict"] = part.state_dict()
         save_checkpoint(checkpoint, path)
-        print_epoch(history, epochs_plan, scheduler.get_last_lr()[0])
+        print_epoch(history, epochs)
 
 
-def print_epoch(history: list[dict], epochs_plan: list, rate: float):
+def restore(path: Path, parts: dict, settings: dict) -> tuple[list, torch.Tensor]:
+    """Put all parts back as they were when the last finished epoch ended.
+
+    Returns the history and the images' losses. Other settings than the checkpoint's are
+    refused by name.
+    """
+    checkpoint = load_checkpoint(path)
+    if "image_losses" not in checkpoint:
+        unusable(path, "it is an older train.py's or the lecture's, so it cannot go on")
+    for name, value in settings.items():
+        if (was := checkpoint["settings"].get(name, "unknown")) != value:
+            fail(f"{path} has {name} {was}, not {value}: use that or another file")
+    load_weights(parts["model"], checkpoint, path)
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(checkpoint[f"{name}_state_dict"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            unusable(path, f"the state of its {name} does not fit")
+    history = checkpoint["history"]
+    print(f"{path}: {len(history)} of {settings['epochs']} epochs are done")
+    return history, checkpoint["image_losses"]
+
+
+def print_epoch(history: list[dict], epochs: list[tuple[int, int]]):
     """The line of the epoch that has just been saved."""
     done, row = len(history), history[-1]
-    pixels = [count * size**2 for count, size in epochs_plan]  # they take the time
+    pixels = [count * size**2 for count, size in epochs]  # they take the time
     spent = sum(epoch["seconds"] for epoch in history)
     left = spent * sum(pixels[done:]) / sum(pixels[:done])
     print(
-        f"Epoch: {done}/{len(epochs_plan)}, Loss: {row['loss']:.4f}, "
-        f"Accuracy: {row['accuracy']:.2%}, Learning rate: {rate:.4f}, "
+        f"Epoch: {done}/{len(epochs)}, Loss: {row['loss']:.4f}, "
+        f"Accuracy: {row['accuracy']:.2%}, Learning rate: {row['learning_rate']:.4f}, "
         f"{row['seconds']:.0f} s, {left:.0f} s left"
     )
 
 
-def restore(path: Path, model, optimizer, scheduler, losses, settings: dict) -> list:
-    """Put all back as it was when the last finished epoch ended; returns its history."""
-
-    def put_back(checkpoint: dict):  # load_checkpoint says in one line what this raises
-        for name, value in settings.items():
-            if (was := checkpoint["settings"].get(name, "unknown")) != value:
-                fail(f"{path} has {name} {was}, not {value}: use that or another file")
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-        losses.copy_(checkpoint["picture_losses"])
-        return model
-
-    return load_checkpoint(path, put_back)[1]["history"]
-
-
 def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options of a training run, checked, and the learning rate filled in."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = fail  # one line, like all mistakes
     add, default = parser.add_argument, "default: %(default)s"
     add("--epochs", type=int, default=EPOCHS, metavar="N", help=default)
     add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=default)
     add("--optimizer", choices=OPTIMIZERS, default="momentum", help=default)
     add("--lr", type=float, metavar="X", help="peak, default: the optimizer's own")
     add("--seed", type=int, default=1, metavar="N", help=default)
-    add("--data", default="data", metavar="DIR", help=f"pictures' folder, {default}")
-    add("--synthetic", action="store_true", help="made-up pictures, no download")
-    add("--checkpoint", default="cifar_cnn.pth", metavar="FILE", help=default)
     add("--resume", action="store_true", help="go on after the last finished epoch")
-    add("--device", metavar="NAME", help="cpu, cuda, ... default: cuda, or else cpu")
     args = parser.parse_args()
     args.lr = OPTIMIZERS[args.optimizer][1] if args.lr is None else args.lr
     limits = {"epochs": (1, 10**6), "seed": (0, 2**32), "lr": (1e-9, 1000)}
@@ -230,25 +246,37 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def settings_of(args: argparse.Namespace, train_data: Pictures) -> dict:
+def check_room(model: nn.Module, path: Path, args: argparse.Namespace):
+    """Refuse a checkpoint that cannot be written before time is spent on it.
+
+    A new run leaves two files, the old one's copy and its own; and the next epoch of
+    any run is written beside the last.
+    """
+    kept = OPTIMIZERS[args.optimizer][2]
+    size = (1 + kept) * sum(weight.nbytes for weight in model.state_dict().values())
+    size += 2**20  # the losses of 50,000 images, the history, the names
+    try_to_write(path, size if args.resume else 2 * size)
+
+
+def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:
     """What a run depends on: a resumed one must have the same."""
     names = ("epochs", "batch_size", "optimizer", "lr", "seed", "synthetic")
     settings = {name: getattr(args, name) for name in names}
     checksum = zlib.crc32(train_data.images[::25].contiguous().numpy())
-    return settings | {"checksum of the pictures": checksum}
+    return settings | {"checksum of the images": checksum}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     width_help = "channels of the first block, default: %(default)s"
     parser.add_argument("--width", type=int, default=WIDTH, help=width_help)
     args = parse_options(parser)
     path, device = Path(args.checkpoint), pick_device(args.device)
     torch.manual_seed(args.seed)
     model = CNN(args.width)
-    try_to_write(path, model, args.resume)
+    check_room(model, path, args)
     train_data, _ = cifar_dataset(args.data, args.synthetic)
-    model.whiten(normalize(train_data.images[::25]))  # 2,000 pictures are plenty
+    model.whiten(normalize(train_data.images[::25]))  # 2,000 images are plenty
     settings = settings_of(args, train_data) | {"model": "CNN", "width": args.width}
     fit(model, train_data, settings, path, args.resume, device)
     same = " --synthetic" if args.synthetic else f' --data "{args.data}"'

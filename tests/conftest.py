@@ -1,4 +1,4 @@
-"""What several tests share: calling a script as a user does, and a few pictures."""
+"""What several tests share: calling a script as a user does, and a few images."""
 
 import os
 import sys
@@ -56,7 +56,7 @@ def refused(call):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The bytes of a checkpoint that train.py made on synthetic pictures."""
+    """The bytes of a checkpoint that train.py made on synthetic images."""
     path = tmp_path_factory.mktemp("trained") / "cifar_cnn.pth"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *SMALL, "--checkpoint", str(path)])

@@ -11,19 +11,19 @@ from torchvision.models import ResNet18_Weights, resnet18
 
 import compare_resnet
 import train
-from dataset import CLASSES, Pictures, cifar_dataset
+from dataset import CLASSES, ImageDataset, cifar_dataset
 
 SHORT = ["--synthetic", "--batch-size", "100", "--epochs", "2"]
 
 
 @pytest.fixture(autouse=True)
-def few_pictures(monkeypatch):
-    """Only 200 of the synthetic pictures: ResNet18 is slow."""
+def few_images(monkeypatch):
+    """Only 200 of the synthetic images: ResNet18 is slow."""
 
     def few(*args):
         train_data, test_data = cifar_dataset(*args)
-        small = Pictures(train_data.images[:200], train_data.labels[:200], True)
-        return small, Pictures(test_data.images[:200], test_data.labels[:200])
+        small = ImageDataset(train_data.images[:200], train_data.labels[:200], True)
+        return small, ImageDataset(test_data.images[:200], test_data.labels[:200])
 
     monkeypatch.setattr(compare_resnet, "cifar_dataset", few)
 
@@ -59,12 +59,12 @@ def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypat
     assert table["ship"][1] == f"{ships.float().mean().item():.2%}"
     expected = sum(weight.numel() for weight in reference.parameters())
     assert table["parameters"][1] == f"{expected:,}" == "11,181,642"
-    # torchvision's own count for 224x224 pictures, which have 49 times as many pixels.
+    # torchvision's own count for 224x224 images, which have 49 times as many pixels.
     published = ResNet18_Weights.IMAGENET1K_V1.meta["_ops"] * 1e9 / 49
-    counted = int(table["multiply-adds a picture"][1].replace(",", ""))
+    counted = int(table["MACs an image"][1].replace(",", ""))
     assert counted == pytest.approx(published, rel=1e-3)
     ours, theirs = out.splitlines()[-1].split("; ResNet18 is ahead on ")
-    for less_is_better in ("parameters", "multiply-adds", "checkpoint"):
+    for less_is_better in ("parameters", "MACs", "checkpoint"):
         assert less_is_better in ours
         assert less_is_better not in theirs
 

@@ -1,4 +1,4 @@
-"""What dataset.py promises: the fast path, and where the pictures come from."""
+"""What dataset.py promises: the fast path, and where the images come from."""
 
 import errno
 import hashlib
@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as F
 
 import dataset
-from dataset import CLASSES, Pictures, cifar_dataset
+from dataset import CLASSES, ImageDataset, cifar_dataset
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)  # two of each class
@@ -28,18 +28,18 @@ LABELS = list(range(10)) * 2
 
 
 @pytest.fixture
-def pictures():
-    return Pictures(torch.from_numpy(PIXELS).permute(0, 3, 1, 2), LABELS)
+def data():
+    return ImageDataset(torch.from_numpy(PIXELS).permute(0, 3, 1, 2), LABELS)
 
 
-def test_batch_path_and_single_path_agree_with_torchvision(pictures):
-    images, labels = next(iter(DataLoader(pictures, batch_size=20)))
+def test_batch_path_and_single_path_agree_with_torchvision(data):
+    images, labels = next(iter(DataLoader(data, batch_size=20)))
     mean, std = (
         [125.3 / 255, 123 / 255, 113.9 / 255],
         [63 / 255, 62.1 / 255, 66.7 / 255],
     )
     for i in range(20):
-        image, label = pictures[i]
+        image, label = data[i]
         assert torch.equal(image, images[i])
         assert label == labels[i] == LABELS[i]
         expected = F.normalize(F.to_image(PIXELS[i]) / 255, mean, std)
@@ -56,13 +56,13 @@ def test_training_batches_have_the_lecture_s_form():
     assert torch.equal(test_data[0][0], test_data[0][0])
 
 
-def test_each_picture_draws_its_own_mirror_and_shift(pictures):
+def test_each_image_draws_its_own_mirror_and_shift(data):
     padded = np.pad(PIXELS[0], ((2, 2), (2, 2), (0, 0)), mode="reflect")
     crops = [padded[y : y + 32, x : x + 32] for y in range(5) for x in range(5)]
     possible = torch.from_numpy(np.stack([crops, np.flip(crops, 2)])).flatten(0, 1)
     possible = dataset.normalize(possible.permute(0, 3, 1, 2))
     assert len(possible.unique(dim=0)) == 50
-    copies = Pictures(pictures.images[:1].expand(2000, -1, -1, -1), [0] * 2000, True)
+    copies = ImageDataset(data.images[:1].expand(2000, -1, -1, -1), [0] * 2000, True)
     torch.manual_seed(3)
     first, _ = next(iter(DataLoader(copies, batch_size=2000)))
     assert torch.equal(first.unique(dim=0), possible.unique(dim=0))
@@ -70,14 +70,20 @@ def test_each_picture_draws_its_own_mirror_and_shift(pictures):
     again, _ = next(iter(DataLoader(copies, batch_size=2000)))
     assert torch.equal(again, first)
 
-    copies.mirrored = torch.tensor([True, False]).repeat(1000)
-    backwards = range(1999, -1, -1)
-    images, _ = next(iter(DataLoader(copies, batch_size=2000, sampler=backwards)))
-    assert torch.equal(images[1::2].unique(dim=0), possible[25:].unique(dim=0))
-    assert torch.equal(images[::2].unique(dim=0), possible[:25].unique(dim=0))
+    seen = []  # of each copy: is it mirrored?
+    for epoch in range(3):
+        copies.set_epoch(epoch, 32, seed=1)
+        images, _ = next(iter(DataLoader(copies, batch_size=2000)))
+        seen.append((images[:, None] == possible[None, 25:]).flatten(2).all(2).any(1))
+    assert 900 < seen[0].sum() < 1100
+    assert torch.equal(seen[1], ~seen[0])
+    assert torch.equal(seen[2], seen[0])
+    copies.set_epoch(0, 24, seed=2)
+    images, _ = next(iter(DataLoader(copies, batch_size=2000)))
+    assert images.shape == (2000, 3, 24, 24)
 
 
-# The official archive, small: two pictures of each class for training, two for testing.
+# The official archive, small: two images of each class for training, two for testing.
 
 
 def md5(data: bytes) -> str:
@@ -108,7 +114,7 @@ def archive(monkeypatch) -> bytes:
     return packed.getvalue()
 
 
-def assert_all_pictures(root):
+def assert_all_images(root):
     for data, expected_pixels in zip(cifar_dataset(root), SPLITS.values()):
         order = torch.argsort(data.labels, stable=True)
         expected = np.argsort(LABELS, kind="stable")
@@ -119,11 +125,11 @@ def assert_all_pictures(root):
 
 def test_official_archive_is_unpacked_even_when_half_of_it_was(archive, tmp_path):
     (tmp_path / CIFAR10.filename).write_bytes(archive)
-    assert_all_pictures(tmp_path)
+    assert_all_images(tmp_path)
     (tmp_path / CIFAR10.base_folder / "test_batch").write_bytes(b"half")
-    assert_all_pictures(tmp_path)
+    assert_all_images(tmp_path)
     (tmp_path / CIFAR10.filename).unlink()
-    assert_all_pictures(tmp_path)
+    assert_all_images(tmp_path)
 
 
 def test_altered_official_files_are_never_unpickled(archive, tmp_path, capsys):
@@ -132,7 +138,7 @@ def test_altered_official_files_are_never_unpickled(archive, tmp_path, capsys):
             return open, (str(tmp_path / "it ran"), "w")
 
     (tmp_path / CIFAR10.filename).write_bytes(archive)
-    assert_all_pictures(tmp_path)
+    assert_all_images(tmp_path)
     (tmp_path / CIFAR10.filename).write_bytes(archive[:-9])
     (tmp_path / CIFAR10.base_folder / "test_batch").write_bytes(pickle.dumps(Code()))
     with pytest.raises(SystemExit, match="2"):
@@ -141,7 +147,7 @@ def test_altered_official_files_are_never_unpickled(archive, tmp_path, capsys):
     assert not (tmp_path / "it ran").exists()
 
 
-# Pictures in class folders.
+# ImageDataset in class folders.
 
 
 @pytest.fixture
@@ -156,8 +162,8 @@ def tree(tmp_path):
     return tmp_path / "my data"
 
 
-def test_class_folders_hold_the_same_pictures(tree):
-    assert_all_pictures(tree)
+def test_class_folders_hold_the_same_images(tree):
+    assert_all_images(tree)
 
 
 def make_foreign(folder):
@@ -247,7 +253,7 @@ def test_download_names_what_fails_and_takes_the_next(
     root = tmp_path / "new folder"
     root.mkdir()
     (root / f"{CIFAR10.filename}.part.0a1b").touch()  # left behind by a killed run
-    assert_all_pictures(root)
+    assert_all_images(root)
     out = capsys.readouterr().out
     for kind, reason in reasons.items():
         assert reason in out.split(server + kind)[1].split("http:")[0]

@@ -18,7 +18,7 @@ SYNTHETIC = "--synthetic"
 
 def test_report_agrees_with_a_plain_count(call, checkpoint):
     status, out, _ = call(evaluation, SYNTHETIC)
-    network, _ = model.load_checkpoint(checkpoint, evaluation.build_cnn)
+    network, _ = model.load_cnn(checkpoint)
     network.eval()
     _, test_data = cifar_dataset(synthetic=True)
     correct, loss, right_of, mistakes = 0, 0, Counter(), Counter()
@@ -34,7 +34,7 @@ def test_report_agrees_with_a_plain_count(call, checkpoint):
     lines = out.splitlines()
     assert lines[0] == f"Accuracy: {correct / 1000:.2%} ({correct}/1000)"
     assert float(lines[1].split()[1]) == pytest.approx(loss, abs=2e-4)
-    for name, line in zip(CLASSES, lines[3:13], strict=True):  # of 100 pictures each
+    for name, line in zip(CLASSES, lines[3:13], strict=True):  # of 100 images each
         bar = "#" * round(0.4 * right_of[name])
         assert line.split() == [name, f"{right_of[name]}.00%", *bar.split()]
     worst = [line.strip().split(" x ") for line in lines[14:19]]
@@ -63,7 +63,7 @@ def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
     call(evaluation, SYNTHETIC, "--mistakes", "mistakes.png")
     with Image.open("mistakes.png") as sheet:
         sheet = np.asarray(sheet)
-    network, _ = model.load_checkpoint(checkpoint, evaluation.build_cnn)
+    network, _ = model.load_cnn(checkpoint)
     _, test_data = cifar_dataset(synthetic=True)
     logits = evaluation.predict(network, test_data, torch.device("cpu"))
     confidence, taken_for = logits.softmax(1).max(1)
@@ -71,7 +71,7 @@ def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
     worst = test_data.images[torch.where(wrong, confidence, 0).argmax()]
     first = sheet[:96:3, 110:206:3]  # of the airplanes, at a third of its size
     assert (first == worst.permute(1, 2, 0).numpy()).all()
-    # A test picture, ten times as large, in the middle of a black photo.
+    # A test image, ten times as large, in the middle of a black photo.
     photo = Image.new("RGB", (640, 320))
     pixels = Image.fromarray(test_data.images[7].permute(1, 2, 0).numpy())
     photo.paste(pixels.resize((320, 320), Image.Resampling.NEAREST), (160, 0))
@@ -165,14 +165,14 @@ def test_unusable_checkpoints_are_refused_and_never_run_code(
 
 
 def test_randomly_changed_bytes_are_refused_or_harmless(checkpoint, trained):
-    whole, _ = model.load_checkpoint(checkpoint, evaluation.build_cnn)
+    whole, _ = model.load_cnn(checkpoint)
     chance, refusals = random.Random(0), 0
     for _ in range(100):
         data = bytearray(trained)
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         checkpoint.write_bytes(data)
         try:
-            loaded, _ = model.load_checkpoint(checkpoint, evaluation.build_cnn)
+            loaded, _ = model.load_cnn(checkpoint)
         except SystemExit as stop:
             assert stop.code == 2
             refusals += 1
@@ -182,7 +182,7 @@ def test_randomly_changed_bytes_are_refused_or_harmless(checkpoint, trained):
     assert refusals > 50  # most bytes are weights
 
 
-def test_kinds_of_pictures_are_not_mixed(refused, checkpoint, tmp_path):
+def test_kinds_of_images_are_not_mixed(refused, checkpoint, tmp_path):
     assert "add --synthetic" in refused(evaluation)
     saved(lambda saved: saved["settings"].update(synthetic=False))(checkpoint)
     assert "leave out --synthetic" in refused(evaluation, SYNTHETIC)

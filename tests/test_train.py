@@ -95,22 +95,22 @@ def test_a_closed_pipe_ends_without_a_traceback():
     run.stdout.readline()
     run.stdout.close()  # as `| head -1` does
     assert (run.wait(), run.stderr.read()) == (141, "")
-    command = [sys.executable, SCRIPTS / "train.py"]  # no pictures: it would download
+    command = [sys.executable, SCRIPTS / "train.py"]  # no images: it would download
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     run.stdout.close()  # before the first line
     assert (run.wait(), run.stderr.read()) == (141, b"")
 
 
-def test_small_pictures_come_first_and_the_last_epoch_sees_all_of_them_whole():
+def test_small_images_come_first_and_the_last_epoch_sees_all_of_them_whole():
     eight = [(1000, 24), *[(650, 24)] * 4, *[(650, 32)] * 2, (1000, 32)]
-    assert train.plan(8, 1000) == eight
+    assert train.plan(8, 2, 1000) == eight
     for epochs in range(1, 40):
-        steps = train.plan(epochs, 1000)
+        steps = train.plan(epochs, 2, 1000)
         assert len(steps) == epochs
         assert (steps[0][0], steps[-1]) == (1000, (1000, 32))
 
 
-def test_an_epoch_sees_the_hardest_pictures_and_half_of_the_others():
+def test_an_epoch_sees_the_hardest_images_and_half_of_the_others():
     losses = torch.rand(1000)
     hardest = set(losses.topk(300).indices.tolist())
     seen = [train.choose(losses, 650) for _ in range(200)]
@@ -125,33 +125,55 @@ def test_an_epoch_sees_the_hardest_pictures_and_half_of_the_others():
     assert sorted(train.choose(losses, 1000)) == list(range(1000))
 
 
-def test_each_epoch_is_as_planned(call, monkeypatch):
-    whole_epoch = train.train_epoch
-    mirrored, orders, sizes, losses = [], [], [], torch.zeros(5000)
+def test_the_network_sees_what_the_readme_says(call, monkeypatch):
+    """Watched at its door: which images come in, in which size, mirrored or not."""
+    count = 1000
+    images = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
+    images[:, 0] = torch.arange(count).remainder(200).view(-1, 1, 1)  # its number,
+    images[:, 1] = torch.arange(count).div(200).floor().view(-1, 1, 1)  # in two digits
+    images[:, 2, :, :16] = 200  # the left half is blue
+    labels = torch.arange(count) % 10
+    data = dataset.ImageDataset(images, labels, augment=True)
+    monkeypatch.setattr(train, "cifar_dataset", lambda *_: (data, None))
+    sizes, numbers, mirrored, losses = [], [], [], []
 
-    def train_epoch(net, loader, *args):
-        mirrored.append(loader.dataset.mirrored)
-        orders.append(loader.sampler)
-        hook = net.register_forward_pre_hook(lambda _, x: sizes.append(x[0].shape[-1]))
-        row, seen = whole_epoch(net, loader, *args)
-        hook.remove()
-        if len(orders) == 1:
-            losses[loader.sampler] = seen
-        return row, seen
+    def watch(network, inputs, logits):
+        pixels = inputs[0] * dataset.STD + dataset.MEAN
+        red, green, blue = pixels.unbind(1)
+        number = (red.mean((1, 2)) + 200 * green.mean((1, 2)).round()).round().long()
+        loss = nn.functional.cross_entropy(
+            logits.float(), labels[number], reduction="none", label_smoothing=0.1
+        )
+        sizes.append(pixels.shape[-1])
+        numbers.append(number)
+        mirrored.append(blue[:, :, -1].mean(1) > blue[:, :, 0].mean(1))
+        losses.append(loss)
 
-    monkeypatch.setattr(train, "train_epoch", train_epoch)
-    call(train, *SMALL)
-    # In turn mirrored and not; small pictures first; the hardest ones in each epoch.
-    assert 2300 < mirrored[0].sum() < 2700
-    assert torch.equal(mirrored[1], ~mirrored[0])
-    assert torch.equal(mirrored[2], mirrored[0])
+    class Watched(CNN):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_forward_hook(watch)
+
+    monkeypatch.setattr(train, "CNN", Watched)
+    call(train, *SMALL, "--batch-size", "50")
+    # Small images first, all of them whole at last; in between the hardest and a half.
     assert sizes == [24] * 20 + [24] * 13 + [32] * 20
-    assert [len(order) for order in orders] == [5000, 3250, 5000]
-    assert set(losses.topk(1500).indices.tolist()) < set(orders[1])
+    epochs = [torch.cat(numbers[i:j]) for i, j in ((0, 20), (20, 33), (33, 53))]
+    assert [len(seen.unique()) for seen in epochs] == [1000, 650, 1000]
+    first_loss = torch.zeros(count)
+    first_loss[epochs[0]] = torch.cat(losses[:20]).detach()
+    assert set(first_loss.topk(300).indices.tolist()) < set(epochs[1].tolist())
+    # In turn mirrored and not.
+    sides = torch.zeros(3, count, dtype=torch.bool)
+    for epoch, (i, j) in enumerate(((0, 20), (20, 33), (33, 53))):
+        sides[epoch, epochs[epoch]] = torch.cat(mirrored[i:j])
+    assert 400 < sides[0].sum() < 600
+    assert torch.equal(sides[1, epochs[1]], ~sides[0, epochs[1]])
+    assert torch.equal(sides[2], sides[0])
 
 
 def test_bfloat16_computes_nearly_the_same_and_saves_float32(call, monkeypatch):
-    """Also on smooth pictures, whose whitened differences are small ones made large."""
+    """Also on smooth images, whose whitened differences are small ones made large."""
     torch.manual_seed(0)
     images = nn.functional.interpolate(torch.randn(300, 3, 4, 4), 32, mode="bicubic")
     images += 0.02 * torch.randn(images.shape)
@@ -252,7 +274,7 @@ def test_a_finished_run_says_so_and_other_options_are_refused(
         ["--lr", "inf"],
         ["--batch-size", "0"],
         ["--batch-size", "1"],
-        ["--batch-size", "4000"],  # the second epoch sees 3,250 pictures
+        ["--batch-size", "4000"],  # the second epoch sees 3,250 images
         ["--width", "-3"],
         ["--seed", "-1"],
         ["--optimizer", "newton"],
@@ -294,8 +316,22 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     assert os.listdir() == ["cifar_cnn.pth"]
 
 
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+def test_the_room_asked_for_is_what_the_run_will_take(call, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(train, "try_to_write", lambda path, room: asked.append(room))
+    options = [*SMALL, "--width", "32", "--batch-size", "1000", "--optimizer", name]
+    monkeypatch.setattr(train, "plan", lambda *_: [(1000, 16)])
+    call(train, *options)
+    size = os.path.getsize("cifar_cnn.pth")
+    assert size <= asked[0] / 2 <= size + 1.1 * 2**20  # two files of a new run
+    monkeypatch.setattr(train, "fit", lambda *_: None)
+    call(train, *options, "--resume")
+    assert asked[1] == asked[0] / 2
+
+
 def test_the_lecture_s_loop_runs_on_our_data_and_model(call, tmp_path):
-    """Its train.py line by line, on synthetic pictures; evaluation.py reads the end."""
+    """Its train.py line by line, on synthetic images; evaluation.py reads the end."""
     torch.manual_seed(0)
     train_data, test_data = dataset.cifar_dataset(synthetic=True)
     train_loader = DataLoader(train_data, batch_size=64, shuffle=True)
@@ -326,8 +362,8 @@ def test_the_lecture_s_loop_runs_on_our_data_and_model(call, tmp_path):
             (network(images).max(1)[1] == labels).sum().item()
             for images, labels in DataLoader(test_data, batch_size=64)
         )
-    # It says nothing of its pictures, so they count as real ones; here they are not.
-    loaded, _ = model.load_checkpoint(tmp_path / "cifar_cnn.pth", evaluation.build_cnn)
+    # It says nothing of its images, so they count as real ones; here they are not.
+    loaded, _ = model.load_cnn(tmp_path / "cifar_cnn.pth")
     logits = evaluation.predict(loaded, test_data, torch.device("cpu"))
     assert (logits.argmax(1) == test_data.labels).sum().item() == correct
     assert correct > 300  # chance is 100
