@@ -149,9 +149,10 @@ def main():
     args = parse_options(parser)
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib")
-    form = "small_stem" if args.small_stem else "cifar"
-    resnet_path = Path(args.resnet_checkpoint or f"resnet18_{form}.pth")
-    path, device = Path(args.checkpoint), pick_device(args.device)
+    default = "resnet18_small_stem" if args.small_stem else "resnet18_cifar"
+    default += "_synthetic" if args.synthetic else ""
+    resnet_path = Path(args.resnet_checkpoint or f"{default}.pth")
+    path, device = args.checkpoint, pick_device(args.device)
     cnn, checkpoint = load_cnn(path)
     check_kind(checkpoint, args.synthetic, path)
     train_data, test_data = cifar_dataset(args.data, args.synthetic)

@@ -11,11 +11,14 @@ all scripts share: `fail`, `command_line` and `run`.
 
 import argparse
 import errno
+import gzip
 import http.client
 import os
 import socket
 import sys
+import tarfile
 import warnings
+import zlib
 from pathlib import Path
 from typing import NoReturn
 
@@ -111,46 +114,111 @@ def mirror_and_shift(images: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor
     return moved.permute(0, 3, 1, 2)
 
 
-def download(root: Path):
+def download(root: Path) -> Path:
     """Put the official archive into `root`, from the first mirror that has it whole."""
     socket.setdefaulttimeout(STALL)  # torch.hub would wait for ever
     root.mkdir(parents=True, exist_ok=True)
+    archive = root / CIFAR10.filename
     part = root / f"{CIFAR10.filename}.part"  # never named as if it were whole
     for left_behind in root.glob(f"{part.name}*"):  # by a killed run
         left_behind.unlink()
+    reasons = []
     for url in MIRRORS:
         print(f"Downloading {url} into {root}/")
         try:
             torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
             if check_integrity(part, CIFAR10.tgz_md5):
-                os.replace(part, root / CIFAR10.filename)
-                return
+                os.replace(part, archive)
+                return archive
             with open(part, "rb") as file:
                 page = file.read(1) == b"<"
             reason = "a web page came" if page else "cut off or altered (wrong md5)"
-            print(f"  failed: {reason}, {part.stat().st_size:,} bytes")
+            reasons.append(f"{reason}, {part.stat().st_size:,} bytes")
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise  # a full disk is no fault of the mirror's
-            print(f"  failed: {error}")
+            reasons.append(str(error))
         finally:
             part.unlink(missing_ok=True)
-    fail(
-        f"no mirror has CIFAR-10 now: put {CIFAR10.filename} into {root}/, or name "
-        "a folder that has it with --data DIR, or try synthetic images: "
-        "python train.py --synthetic --checkpoint synthetic.pth"
+        print(f"  failed: {reasons[-1]}")
+    ways_out = (
+        f"put {CIFAR10.filename} into {root}/, or name the file or its folder with "
+        "--data, or try synthetic images: python train.py --synthetic"
     )
+    if all("CERTIFICATE_VERIFY_FAILED" in reason for reason in reasons):
+        ways_out = (
+            "no certificate could be checked. On a Mac with Python from python.org run "
+            "'Install Certificates.command'; behind a proxy of a company or a university "
+            f"set SSL_CERT_FILE to its certificate. Or {ways_out}"
+        )
+    fail(f"no mirror has CIFAR-10 now: {ways_out}")
 
 
-def read_archive(root: Path):
-    """The official images; torchvision checks their md5 before it unpickles them."""
-    whole = check_integrity(root / CIFAR10.filename, CIFAR10.tgz_md5)
-    try:  # with a whole archive at hand, `download` does no more than unpack it
-        splits = [CIFAR10(root, train, download=whole) for train in (True, False)]
+def find_official(root: Path) -> tuple[list[Path], list[Path]]:
+    """Folders that hold `cifar-10-batches-py/`, and archives of it, in `root` or near.
+
+    Near is what a person's tools leave: 7-Zip's folder around it, Safari's
+    `cifar-10-python.tar`, a browser's second `cifar-10-python (1).tar.gz`; or `root`
+    is the folder or the archive itself.
+    """
+    if root.is_file():
+        return [], [root]
+    if root.absolute().name == CIFAR10.base_folder:
+        return [root.absolute().parent], []
+    nearby = ["", "*/", "*/*/"]
+    batches = [x for near in nearby for x in root.glob(near + CIFAR10.base_folder)]
+    files = [x for near in nearby for x in root.glob(f"{near}cifar-10-python*")]
+    kinds = (".tar", ".gz", ".tgz")  # not a half download's .part or .crdownload
+    archives = [x for x in files if x.suffix in kinds and x.is_file()]
+    return [folder.parent for folder in batches if folder.is_dir()], sorted(archives)
+
+
+def unpack(archive: Path) -> Path:
+    """Unpack the official files beside the `archive`; return the folder that has theirs.
+
+    Only plain files of the known names are written, so that no link and no path in a
+    tar leads out of that folder; `read_batches` checks their md5.
+    """
+    names = [CIFAR10.meta["filename"]]
+    names += [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    folder = archive.parent / CIFAR10.base_folder
+    print(f"Unpacking {archive} into {folder}/")
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                name = Path(member.name).name
+                if member.isfile() and name in names:
+                    folder.mkdir(exist_ok=True)
+                    (folder / name).unlink(missing_ok=True)  # a link is not followed
+                    (folder / name).write_bytes(tar.extractfile(member).read())
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile):
+        pass  # cut off or no tar: what is missing, `read_batches` finds
+    return archive.parent
+
+
+def read_batches(folder: Path):
+    """The official images in `folder`, or None if their md5 is wrong.
+
+    torchvision checks it before it unpickles them.
+    """
+    try:
+        splits = [CIFAR10(folder, train) for train in (True, False)]
     except RuntimeError:
-        names = f"{root / CIFAR10.filename} or {root / CIFAR10.base_folder}/"
-        fail(f"{names} is damaged (wrong md5): delete both and start again")
+        return None
     return [(split.data, split.targets) for split in splits]
+
+
+def read_official(folders: list[Path], archives: list[Path]):
+    """The images of the first of these that is whole; what is unpacked comes first."""
+    for folder in folders:
+        if splits := read_batches(folder):
+            return splits
+    for archive in archives:
+        if splits := read_batches(unpack(archive)):
+            return splits
+    damaged = [str(folder / CIFAR10.base_folder) for folder in folders]
+    damaged = ", ".join([*damaged, *map(str, archives)])
+    fail(f"{damaged}: damaged, or not CIFAR-10 (wrong md5): delete it and start again")
 
 
 def read_folder(folder: Path):
@@ -165,16 +233,35 @@ def read_folder(folder: Path):
 
 
 def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
-    """An image file in RGB; with `size`, any other size is refused before decoding."""
+    """An image file in RGB, as a viewer shows it; any size but `size` is refused."""
+    if not Path(path).is_file():  # a pipe would be waited for
+        fail(f"{path} is not a usable image (it is not a file): choose another")
     try:
-        if not Path(path).is_file():  # a pipe would be waited for
-            raise ValueError("it is not a file")
         with Image.open(path) as image:
-            if size and image.size != size:
+            if size and image.size != size:  # before it is decoded
                 raise ValueError(f"its size is {image.size}, not {size}")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
-        fail(f"{path} is not a usable image ({error}): choose another or repair it")
+        with open(path, "rb") as file:
+            heic = file.read(12)[4:8] == b"ftyp"  # as ISO 14496-12 begins its files
+        reason = "it is HEIC, as iPhones make: save it as JPEG" if heic else error
+        fail(f"{path} is not a usable image ({reason}): choose another or repair it")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Transparent pixels on white, 16 bits scaled to 8; Pillow would show what is hidden
+    under the first and cut off the second at 255."""
+    if image.mode == "F":
+        raise ValueError("its pixels are fractions: save it as JPEG or PNG")
+    if image.mode.startswith("I"):  # I;16, or I in older versions of Pillow
+        pixels = np.asarray(image)
+        if pixels.max() > 65535 or pixels.min() < 0:
+            raise ValueError("its pixels have 32 bits: save it as JPEG or PNG")
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def synthetic_images():
@@ -193,23 +280,21 @@ def cifar_dataset(
 ) -> tuple[ImageDataset, ImageDataset]:
     """Training data, which augments, and test data, which does not.
 
-    `root` holds the official `cifar-10-batches-py/` or `cifar-10-python.tar.gz`, or
-    `train/<class>/*` and `test/<class>/*`; else the archive is downloaded into it.
-    `synthetic` makes a few stand-in images instead, the same ones every time.
-    Images that cannot be used end the script in one line (see `fail`).
+    `root` is where the images are: the official archive or its unpacked folder (see
+    `find_official`), or `train/<class>/*` and `test/<class>/*`; where it has none of
+    them, the archive is downloaded into it. `synthetic` makes a few simple images
+    instead, the same ones every time. What cannot be used ends the script in one line.
     """
     root = Path(os.path.expanduser(root))
-    official = root / CIFAR10.base_folder, root / CIFAR10.filename
     try:
         if synthetic:
             splits = synthetic_images()
-        elif any(path.exists() for path in official):
-            splits = read_archive(root)
+        elif any(official := find_official(root)):
+            splits = read_official(*official)
         elif (root / "train").exists() or (root / "test").exists():
             splits = [read_folder(root / "train"), read_folder(root / "test")]
         else:
-            download(root)
-            splits = read_archive(root)
+            splits = read_official([], [download(root)])
     except BrokenPipeError:  # of our own output; see `run`
         raise
     except OSError as error:
@@ -231,13 +316,30 @@ def command_line(description: str) -> argparse.ArgumentParser:
     """A parser with the options of every script; a mistake ends in one line, too."""
     raw = argparse.RawDescriptionHelpFormatter  # line breaks as they stand
     parser = argparse.ArgumentParser(description=description, formatter_class=raw)
-    parser.error = fail
+    parser.error = usage_error
     add, default = parser.add_argument, "default: %(default)s"
     add("--data", default="data", metavar="DIR", help=f"the images' folder, {default}")
+    checkpoint = "default: cifar_cnn.pth, or synthetic.pth with --synthetic"
     add("--synthetic", action="store_true", help="synthetic images, no download")
-    add("--checkpoint", default="cifar_cnn.pth", metavar="FILE", help=default)
+    add("--checkpoint", type=Path, metavar="FILE", help=checkpoint)
     add("--device", metavar="NAME", help="cpu, cuda, ... default: cuda, or else cpu")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; trying on synthetic images never touches the checkpoint handed in."""
+    args = parser.parse_args()
+    default = "synthetic.pth" if args.synthetic else "cifar_cnn.pth"
+    args.checkpoint = args.checkpoint or Path(default)
+    return args
+
+
+def usage_error(message: str) -> NoReturn:
+    if not hasattr(
+        sys.modules["__main__"], "__file__"
+    ):  # pasted into a notebook's cell
+        message = "this is a script: start it in a notebook with !python train.py"
+    fail(message)
 
 
 def run(main, stopped: str = "stopped"):

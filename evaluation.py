@@ -22,6 +22,7 @@ from dataset import (
     cifar_dataset,
     command_line,
     fail,
+    parse,
     read_image,
     run,
 )
@@ -106,8 +107,8 @@ def main():
     add = parser.add_mutually_exclusive_group().add_argument
     add("--mistakes", metavar="FILE", help="draw the most confident mistakes")
     add("--image", metavar="FILE", help="name the likeliest classes of this photo")
-    args = parser.parse_args()
-    path, device = Path(args.checkpoint), pick_device(args.device)
+    args = parse(parser)
+    path, device = args.checkpoint, pick_device(args.device)
     model, checkpoint = load_cnn(path)
     check_kind(checkpoint, args.synthetic, path)
     if args.image:

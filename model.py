@@ -11,18 +11,25 @@ reading it takes three steps: the file is sound (`read_file`), it is a checkpoin
 (`load_checkpoint`), and its weights fit the network (`load_weights`).
 """
 
+import codecs
 import io
 import math
 import os
+import re
 import shutil
 import tempfile
+import time
+import warnings
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from dataset import fail
 
@@ -116,7 +123,8 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None):
     """Write the file `path` whole or not at all: cut short, the old one stays.
 
     `keep` is where a copy of the old one goes. A disk without room raises OSError;
-    neither errors nor Ctrl-C leave anything else behind.
+    neither that nor Ctrl-C leaves anything else behind. Where another program holds the
+    old file (on Windows a virus scanner or OneDrive), it is tried again for 1.5 s.
     """
     part = path.with_name(f"{path.name}.part")
     try:
@@ -126,9 +134,18 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None):
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
         if keep and path.exists():
             shutil.copyfile(path, keep)
-        os.replace(part, path)
-    finally:
+    except BaseException:
         part.unlink(missing_ok=True)
+        raise
+    for wait in (0.1, 0.2, 0.4, 0.8):  # s
+        try:
+            return os.replace(part, path)
+        except PermissionError:
+            time.sleep(wait)
+    fail(
+        f"another program holds {path}: close it, rename {part}, which holds the new "
+        f"epoch, to {path.name}, and go on with --resume"
+    )
 
 
 def save_checkpoint(checkpoint: dict, path: Path):
@@ -157,17 +174,45 @@ def unusable(path: Path, reason: str) -> NoReturn:
     fail(f"{path} cannot be used: {reason}. Name another or train again")
 
 
+def numpy_floats():
+    """Where torch.load accepts NumPy's plain floats, too, each name allowed by itself.
+
+    (From torch 2.6 on. They are what np.mean(losses) returns, so many checkpoints have
+    one as their loss.)
+    """
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        return nullcontext()
+    scalar = np.float64().__reduce__()[0]  # NumPy 1 and 2 call it by different names
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    types = [np.dtype, type(np.dtype("float32")), type(np.dtype("float64"))]
+    return torch.serialization.safe_globals([*names, *types, codecs.encode])
+
+
 def read_file(path: Path):
-    """What `torch.save` wrote, on the CPU; all bytes are checked, no code in it runs."""
+    """What `torch.save` wrote, on the CPU; all bytes are checked, no code in it runs.
+
+    (Files of torch before 1.6, or written so on purpose, have no checksums to check.)
+    """
     if not path.is_file():  # a pipe would be waited for
         fail(f"there is no checkpoint {path}: run train.py first, without --resume")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
-            if archive.testzip():
-                raise ValueError("its bytes have changed")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
+                if archive.testzip():
+                    unusable(path, "its bytes have changed")
+        with warnings.catch_warnings(), numpy_floats():
+            warnings.simplefilter("ignore")  # of torch's formats that we refuse anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
-        unusable(path, str(error)[:200])
+        # torch's own words advise to let the file run code; ours never do.
+        named = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+    if named:
+        unusable(
+            path,
+            f"it holds {named[1]}, not only tensors and plain numbers (a whole model?): "
+            "save model.state_dict() and float(loss), as the lecture's train.py does",
+        )
+    unusable(path, "it is damaged, cut off, or no file of torch.save")
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -179,11 +224,17 @@ def load_checkpoint(path: Path) -> dict:
     found = read_file(path)
     if not isinstance(found, dict):
         unusable(path, f"it holds a {type(found).__name__}, not a dict")
+    if found and all(isinstance(value, torch.Tensor) for value in found.values()):
+        wrapped = "{'epoch': 0, 'loss': 0.0, 'model_state_dict': model.state_dict()}"
+        unusable(path, f"it holds bare weights: save {wrapped} instead")
     checkpoint = {"settings": {}, "history": [], **found}
-    kinds = {"epoch": int, "loss": float, "model_state_dict": dict}
+    for key in ("epoch", "loss"):
+        checkpoint[key] = plain_number(checkpoint.get(key))
+    kinds = {"model_state_dict": dict, "epoch": int, "loss": (int, float)}
     for key, kind in (kinds | {"settings": dict, "history": list}).items():
         if not isinstance(checkpoint.get(key), kind):
-            unusable(path, f"its {key} is missing or not of the kind {kind.__name__}")
+            keys = ", ".join(map(str, found))
+            unusable(path, f"its {key} is missing or of another kind (it has {keys})")
     epoch, history = checkpoint["epoch"], checkpoint["history"]
     if epoch < 0 or (checkpoint["settings"] and len(history) != epoch + 1):
         unusable(path, "its epoch and its history do not agree")
@@ -195,11 +246,22 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
+def plain_number(value):
+    """Python's own number for NumPy's, such as np.mean(losses), or a tensor of one."""
+    single = isinstance(value, torch.Tensor) and value.numel() == 1
+    return value.item() if single or isinstance(value, np.generic) else value
+
+
 def load_weights(model: nn.Module, checkpoint: dict, path: Path):
-    """Put a checkpoint's weights into `model`; they have to fit to the letter."""
+    """Put a checkpoint's weights into `model`; they have to fit to the letter.
+
+    Only what torch.compile and DataParallel put before each name may be there.
+    """
     weights, own = checkpoint["model_state_dict"], model.state_dict()
-    if missing := own.keys() ^ weights.keys():
-        unusable(path, f"it is of another network: {min(missing, key=str)} differs")
+    for prefix in ("module.", "_orig_mod.", "module."):  # either may be the outer one
+        consume_prefix_in_state_dict_if_present(weights, prefix)
+    if different := own.keys() ^ weights.keys():
+        unusable(path, f"it is of another network: {min(different, key=str)} differs")
     for name, tensor in own.items():
         given = weights[name]
         if not isinstance(given, torch.Tensor) or form(given) != form(tensor):

@@ -57,7 +57,7 @@ def refused(call):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The bytes of a checkpoint that train.py made on synthetic images."""
-    path = tmp_path_factory.mktemp("trained") / "cifar_cnn.pth"
+    path = tmp_path_factory.mktemp("trained") / "synthetic.pth"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *SMALL, "--checkpoint", str(path)])
         train.main()
@@ -66,8 +66,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(trained, tmp_path):
-    """That checkpoint as ./cifar_cnn.pth."""
-    path = tmp_path / "cifar_cnn.pth"
+    """That checkpoint as ./synthetic.pth."""
+    path = tmp_path / "synthetic.pth"
     path.write_bytes(trained)
     return path
 

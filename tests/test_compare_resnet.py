@@ -45,7 +45,7 @@ def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypat
     status, out, err = call(compare_resnet, *SHORT)
     assert (status, err) == (0, "")
     assert out.count("Epoch: ") == 2
-    written = torch.load("resnet18_cifar.pth", weights_only=True)
+    written = torch.load("resnet18_cifar_synthetic.pth", weights_only=True)
     reference = resnet18(num_classes=10)
     reference.load_state_dict(written["model_state_dict"])
     _, test_data = compare_resnet.cifar_dataset("data", True)
@@ -68,9 +68,9 @@ def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypat
         assert less_is_better in ours
         assert less_is_better not in theirs
 
-    before = (checkpoint.parent / "resnet18_cifar.pth").read_bytes()
+    before = (checkpoint.parent / "resnet18_cifar_synthetic.pth").read_bytes()
     assert "Epoch: " not in call(compare_resnet, *SHORT)[1]
-    assert (checkpoint.parent / "resnet18_cifar.pth").read_bytes() == before
+    assert (checkpoint.parent / "resnet18_cifar_synthetic.pth").read_bytes() == before
 
     with monkeypatch.context() as patch:
         cut_to_one_epoch(patch)
@@ -79,22 +79,22 @@ def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypat
     shutil.copy("cut.pth", "half.pth")
     out = call(compare_resnet, *SHORT, "--resnet-checkpoint", "half.pth")[1]
     assert "half.pth exists: the first epoch replaces it" in out
-    assert same_bits("half.pth", "resnet18_cifar.pth")
+    assert same_bits("half.pth", "resnet18_cifar_synthetic.pth")
     out = call(compare_resnet, *SHORT, "--resnet-checkpoint", "cut.pth", "--resume")[1]
     assert out.split("1 of 2 epochs are done")[1].count("Epoch: ") == 1
-    assert same_bits("cut.pth", "resnet18_cifar.pth")
+    assert same_bits("cut.pth", "resnet18_cifar_synthetic.pth")
 
 
 def test_one_form_is_refused_for_the_other_by_name(call, refused, checkpoint):
     call(compare_resnet, *SHORT)
-    before = (checkpoint.parent / "resnet18_cifar.pth").read_bytes()
-    plain = ["--resnet-checkpoint", "resnet18_cifar.pth"]
+    before = (checkpoint.parent / "resnet18_cifar_synthetic.pth").read_bytes()
+    plain = ["--resnet-checkpoint", "resnet18_cifar_synthetic.pth"]
     message = refused(compare_resnet, *SHORT, "--small-stem", *plain)
     assert "it holds ResNet18, not ResNet18 with the small stem" in message
-    same = ["--resnet-checkpoint", "cifar_cnn.pth"]
+    same = ["--resnet-checkpoint", "synthetic.pth"]
     assert "it holds CNN, not ResNet18" in refused(compare_resnet, *SHORT, *same)
     assert "has epochs 2, not 3" in refused(compare_resnet, *SHORT, "--epochs", "3")
-    assert (checkpoint.parent / "resnet18_cifar.pth").read_bytes() == before
+    assert (checkpoint.parent / "resnet18_cifar_synthetic.pth").read_bytes() == before
 
 
 def test_small_stem_keeps_all_pixels():

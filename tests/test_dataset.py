@@ -1,14 +1,20 @@
 """What dataset.py promises: the fast path, and where the images come from."""
 
 import errno
+import gzip
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import shutil
+import ssl
 import tarfile
 import threading
 import time
+from functools import partial
+from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -139,7 +145,7 @@ def test_altered_official_files_are_never_unpickled(archive, tmp_path, capsys):
 
     (tmp_path / CIFAR10.filename).write_bytes(archive)
     assert_all_images(tmp_path)
-    (tmp_path / CIFAR10.filename).write_bytes(archive[:-9])
+    (tmp_path / CIFAR10.filename).write_bytes(archive[: len(archive) // 2])
     (tmp_path / CIFAR10.base_folder / "test_batch").write_bytes(pickle.dumps(Code()))
     with pytest.raises(SystemExit, match="2"):
         cifar_dataset(tmp_path)
@@ -147,7 +153,64 @@ def test_altered_official_files_are_never_unpickled(archive, tmp_path, capsys):
     assert not (tmp_path / "it ran").exists()
 
 
-# ImageDataset in class folders.
+def gunzipped(root, archive):
+    (root / "cifar-10-python.tar").write_bytes(gzip.decompress(archive))  # as Safari
+    return root
+
+
+def extracted(folder, archive):
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder)
+    return folder
+
+
+def named(name, root, archive):
+    (root / name).write_bytes(archive)
+    return root
+
+
+LAYOUTS = {
+    "an archive": partial(named, CIFAR10.filename),
+    "a second download": partial(named, "cifar-10-python (1).tar.gz"),
+    "Safari's tar": gunzipped,
+    "the folder": extracted,
+    "the folder itself": lambda root, x: extracted(root, x) / CIFAR10.base_folder,
+    "7-Zip's folder": lambda root, x: extracted(root / "cifar-10-python", x).parent,
+    "the file itself": lambda root, x: named("mine.bin", root, x) / "mine.bin",
+    "the tar itself": lambda root, x: gunzipped(root, x) / "cifar-10-python.tar",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_what_a_person_s_tools_leave_is_found(archive, tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(dataset, "MIRRORS", [])  # a download would fail
+    root = layout(tmp_path, archive)
+    assert_all_images(root)
+    assert_all_images(root)  # unpacked, too
+
+
+def test_a_tar_writes_nothing_outside_its_folder(tmp_path, archive, capsys):
+    """Links and paths that lead out, under the official names."""
+    root = tmp_path / "data"
+    root.mkdir()
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"mine")
+    with tarfile.open(root / "cifar-10-python.tar", "w") as tar:
+        link = tarfile.TarInfo(f"{CIFAR10.base_folder}/data_batch_1")
+        link.type, link.linkname = tarfile.SYMTYPE, str(outside)
+        tar.addfile(link)
+        for name in ("data_batch_1", "test_batch", "../../test_batch"):
+            info = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"evil"))
+    with pytest.raises(SystemExit, match="2"):
+        cifar_dataset(root)
+    assert "wrong md5" in capsys.readouterr().err
+    assert outside.read_bytes() == b"mine"
+    assert sorted(os.listdir(tmp_path)) == ["data", "outside"]
+
+
+# Images in class folders.
 
 
 @pytest.fixture
@@ -265,6 +328,7 @@ def test_download_names_what_fails_and_takes_the_next(
     with pytest.raises(SystemExit, match="2"):
         cifar_dataset(root)
     err = capsys.readouterr().err
+    assert "SSL_CERT_FILE" not in err
     assert all(way in err for way in (CIFAR10.filename, "--data", "--synthetic"))
     assert list(root.iterdir()) == []
 
@@ -279,3 +343,74 @@ def test_a_full_disk_is_not_blamed_on_the_mirrors(tmp_path, monkeypatch, capsys)
     out, err = capsys.readouterr()
     assert out.count("Downloading") == 1
     assert "No space left" in err
+
+
+def test_certificates_that_cannot_be_checked_have_a_way_out(
+    tmp_path, monkeypatch, capsys
+):
+    def unchecked(*args, **kwargs):
+        raise URLError(ssl.SSLCertVerificationError("[SSL: CERTIFICATE_VERIFY_FAILED]"))
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unchecked)
+    with pytest.raises(SystemExit, match="2"):
+        cifar_dataset(tmp_path)
+    out, err = capsys.readouterr()
+    assert out.count("CERTIFICATE_VERIFY_FAILED") == len(dataset.MIRRORS)
+    assert "Install Certificates.command" in err
+    assert "SSL_CERT_FILE" in err
+
+
+# Photos.
+
+
+def test_a_photo_is_read_as_a_viewer_shows_it(tmp_path):
+    grey = RANDOM.integers(0, 256, (40, 30), dtype=np.uint8)
+    Image.fromarray(grey.astype(np.uint16) * 257).save("grey16.png")
+    Image.fromarray(grey.astype(np.uint16) * 256).save("grey16.tif")
+    for name in ("grey16.png", "grey16.tif"):
+        pixels = np.asarray(dataset.read_image(name))
+        assert (pixels == grey[:, :, None]).all()
+
+    hidden = Image.fromarray(RANDOM.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    shown = Image.new("L", hidden.size)
+    shown.paste(255, (5, 5, 20, 30))
+    for mode in ("RGB", "L"):
+        white = Image.new(mode, hidden.size, "white")
+        expected = Image.composite(hidden.convert(mode), white, shown).convert("RGB")
+        cut_out = hidden.convert(mode)
+        cut_out.putalpha(shown)
+        cut_out.save("cut_out.png")
+        pixels = np.asarray(dataset.read_image("cut_out.png"))
+        assert (pixels == np.asarray(expected)).all()
+    palette = hidden.quantize(255)
+    palette.save("palette.png", transparency=7)
+    clear = np.asarray(palette) == 7
+    pixels = np.asarray(dataset.read_image("palette.png"))
+    assert clear.any()
+    assert (pixels[clear] == 255).all()
+    assert (pixels[~clear] == np.asarray(palette.convert("RGB"))[~clear]).all()
+
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: turned by 90 degrees
+    hidden.save("turned.png", exif=turned)
+    expected = np.rot90(np.asarray(hidden), -1)
+    assert (np.asarray(dataset.read_image("turned.png")) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("photo.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC"),
+        ("photo.png", b"", "photo.png"),
+        ("photo.tif", np.full((4, 4), 0.5, np.float32), "fractions"),
+        ("photo.tiff", np.full((4, 4), 2**20, np.int32), "32 bits"),
+    ],
+)
+def test_a_photo_that_cannot_be_read_says_why(capsys, name, content, said):
+    if isinstance(content, bytes):
+        Path(name).write_bytes(content)
+    else:
+        Image.fromarray(content).save(name)
+    with pytest.raises(SystemExit, match="2"):
+        dataset.read_image(name)
+    assert said in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What evaluation.py and checkpoints promise: right figures, and nothing unsafe."""
 
+import os
 import random
 from collections import Counter
 from operator import delitem
@@ -56,7 +57,7 @@ def test_below_the_target_it_fails_with_status_1(call, checkpoint, monkeypatch):
     assert status == 0  # just reached
     assert "epochs" not in out
     saved(lambda saved: saved["settings"].update(epochs=9))(checkpoint)
-    assert "cifar_cnn.pth holds 3 of 9 epochs" in call(evaluation, SYNTHETIC)[1]
+    assert "synthetic.pth holds 3 of 9 epochs" in call(evaluation, SYNTHETIC)[1]
 
 
 def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
@@ -86,9 +87,11 @@ def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
         assert status == 0
         assert len(out.splitlines()) == 3
         assert all(line.split()[1] in CLASSES for line in out.splitlines())
-    assert "cifar_cnn.pth" in refused(evaluation, SYNTHETIC, "--image", "cifar_cnn.pth")
+    assert "synthetic.pth" in refused(evaluation, SYNTHETIC, "--image", "synthetic.pth")
     assert "missing" in refused(evaluation, SYNTHETIC, "--image", "missing.jpg")
-    assert "add --synthetic" in refused(evaluation, "--image", "a photo.jpg")
+    assert "add --synthetic" in refused(
+        evaluation, "--image", "a photo.jpg", "--checkpoint", "synthetic.pth"
+    )
     refused(evaluation, SYNTHETIC, "--mistakes", "no folder/mistakes.png")
 
 
@@ -160,8 +163,56 @@ def test_unusable_checkpoints_are_refused_and_never_run_code(
     refused, checkpoint, tmp_path, damage
 ):
     damage(checkpoint)
-    assert "cifar_cnn.pth" in refused(evaluation, SYNTHETIC)
+    assert "synthetic.pth" in refused(evaluation, SYNTHETIC)
     assert not (tmp_path / "it ran").exists()
+
+
+NOT_OURS = {  # what it holds, and what is said of it
+    "a whole model": (lambda network, saved: network, "holds model.CNN"),
+    "bare weights": (lambda network, saved: network.state_dict(), "bare weights"),
+    "other names": (lambda network, saved: {"net": {}, "acc": 1.0}, "net, acc"),
+    "NumPy arrays": (lambda network, saved: saved | {"x": np.ones(3)}, "numpy"),
+}
+
+
+@pytest.mark.parametrize(("make", "said"), NOT_OURS.values(), ids=NOT_OURS.keys())
+def test_what_others_save_is_refused_in_plain_words(refused, checkpoint, make, said):
+    network, loaded = model.load_cnn(checkpoint)
+    torch.save(make(network, loaded), checkpoint)
+    message = refused(evaluation, SYNTHETIC)
+    assert said in message
+    assert "weights_only" not in message
+    assert "\x1b" not in message
+
+
+def renamed(prefix):
+    def rename(saved):
+        weights = saved["model_state_dict"]
+        saved["model_state_dict"] = {prefix + name: x for name, x in weights.items()}
+
+    return rename
+
+
+READABLE = {
+    "NumPy's loss": lambda saved: saved.update(loss=np.mean([0.5, 1.5])),
+    "NumPy's short loss": lambda saved: saved.update(loss=np.float32(1)),
+    "tensors": lambda saved: saved.update(
+        loss=torch.tensor(1.0), epoch=torch.tensor(2)
+    ),
+    "DataParallel": renamed("module."),
+    "torch.compile": renamed("_orig_mod."),
+    "both": renamed("_orig_mod.module."),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["", "torch's older format"])
+@pytest.mark.parametrize("change", READABLE.values(), ids=READABLE.keys())
+def test_what_others_save_is_read_where_it_is_clear(call, checkpoint, change, zipped):
+    expected = call(evaluation, SYNTHETIC)
+    loaded = torch.load(checkpoint, weights_only=True)
+    change(loaded)
+    torch.save(loaded, checkpoint, _use_new_zipfile_serialization=zipped)
+    assert call(evaluation, SYNTHETIC) == expected
 
 
 def test_randomly_changed_bytes_are_refused_or_harmless(checkpoint, trained):
@@ -183,7 +234,7 @@ def test_randomly_changed_bytes_are_refused_or_harmless(checkpoint, trained):
 
 
 def test_kinds_of_images_are_not_mixed(refused, checkpoint, tmp_path):
-    assert "add --synthetic" in refused(evaluation)
+    assert "add --synthetic" in refused(evaluation, "--checkpoint", "synthetic.pth")
     saved(lambda saved: saved["settings"].update(synthetic=False))(checkpoint)
     assert "leave out --synthetic" in refused(evaluation, SYNTHETIC)
 
@@ -197,5 +248,30 @@ def test_ctrl_c_while_saving_leaves_the_old_checkpoint(
     monkeypatch.setattr(model.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.save_checkpoint({"epoch": 0}, checkpoint)
+    assert os.listdir() == ["synthetic.pth"]
     assert checkpoint.read_bytes() == trained
-    assert not list(checkpoint.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize("times", [2, 99])
+def test_a_file_that_is_locked_is_tried_again(
+    checkpoint, trained, monkeypatch, capsys, times
+):
+    replace, tried = os.replace, []
+
+    def locked(*names):
+        tried.append(names)
+        if len(tried) <= times:
+            raise PermissionError(13, "Access is denied")
+        replace(*names)
+
+    monkeypatch.setattr(model.os, "replace", locked)
+    if times == 2:
+        model.save_checkpoint({"epoch": 1}, checkpoint)
+        assert torch.load(checkpoint, weights_only=True) == {"epoch": 1}
+        assert os.listdir() == ["synthetic.pth"]
+        return
+    with pytest.raises(SystemExit, match="2"):
+        model.save_checkpoint({"epoch": 1}, checkpoint)
+    assert "synthetic.pth.part" in capsys.readouterr().err
+    assert torch.load("synthetic.pth.part", weights_only=True) == {"epoch": 1}
+    assert checkpoint.read_bytes() == trained

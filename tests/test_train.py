@@ -190,7 +190,7 @@ def test_bfloat16_computes_nearly_the_same_and_saves_float32(call, monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(train, "FAST_BFLOAT16", fast)
         call(train, *SMALL)
-        checkpoint = torch.load("cifar_cnn.pth", weights_only=True)
+        checkpoint = torch.load("synthetic.pth", weights_only=True)
         weights = checkpoint["model_state_dict"]
         assert weights["head.weight"].dtype == torch.float32
         losses.append(checkpoint["history"][0]["loss"])
@@ -199,8 +199,8 @@ def test_bfloat16_computes_nearly_the_same_and_saves_float32(call, monkeypatch):
 
 def test_a_new_run_keeps_what_it_replaces(call, checkpoint, trained):
     out = call(train, *SMALL, "--epochs", "1")[1]
-    assert "keeps it as cifar_cnn.old.pth" in out
-    assert Path("cifar_cnn.old.pth").read_bytes() == trained
+    assert "keeps it as synthetic.old.pth" in out
+    assert Path("synthetic.old.pth").read_bytes() == trained
     assert checkpoint.read_bytes() != trained
 
 
@@ -216,7 +216,7 @@ def test_a_new_run_keeps_what_it_replaces(call, checkpoint, trained):
 )
 def test_the_lecture_s_optimizers_learn_at_their_own_rate(call, name, kept):
     call(train, *SMALL, "--batch-size", "50", "--optimizer", name)
-    checkpoint = torch.load("cifar_cnn.pth", weights_only=True)
+    checkpoint = torch.load("synthetic.pth", weights_only=True)
     assert checkpoint["history"][-1]["accuracy"] > 0.3  # chance is 0.1
     states = checkpoint["optimizer_state_dict"]["state"].values()
     assert {key for state in states for key in state} - {"step"} == kept
@@ -281,8 +281,8 @@ def test_a_finished_run_says_so_and_other_options_are_refused(
         ["--device", "abacus"],
         ["--device", "meta"],
         ["--checkpoint", "."],
-        ["--checkpoint", "no folder/cifar_cnn.pth"],
-        ["--checkpoint", "cifar_cnn.pth/cifar_cnn.pth"],
+        ["--checkpoint", "no folder/synthetic.pth"],
+        ["--checkpoint", "synthetic.pth/synthetic.pth"],
         ["--resume", "--checkpoint", "missing.pth"],
         ["--unknown"],
     ],
@@ -291,7 +291,25 @@ def test_a_finished_run_says_so_and_other_options_are_refused(
 def test_mistakes_end_in_one_line(refused, checkpoint, trained, options):
     refused(train, *SMALL, *options)
     assert checkpoint.read_bytes() == trained
-    assert os.listdir() == ["cifar_cnn.pth"]
+    assert os.listdir() == ["synthetic.pth"]
+
+
+def test_trying_never_touches_what_is_handed_in(call):
+    Path("cifar_cnn.pth").write_bytes(b"mine")
+    assert "synthetic.pth is finished" in call(train, *SMALL, "--epochs", "1")[1]
+    assert call(evaluation, "--synthetic")[1].startswith("Accuracy: ")
+    assert Path("cifar_cnn.pth").read_bytes() == b"mine"
+    assert sorted(os.listdir()) == ["cifar_cnn.pth", "synthetic.pth"]
+
+
+def test_in_a_notebook_s_cell_it_says_how_it_is_started():
+    cell = f"exec(open({str(SCRIPTS / 'train.py')!r}).read())"
+    command = [sys.executable, "-c", cell, "-f", "/root/kernel-1.json"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=SCRIPTS)
+    _, err = run.communicate()
+    assert run.returncode == 2
+    assert err.startswith("error: ")
+    assert "!python train.py" in err
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(
@@ -313,7 +331,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
         patch.setattr(train, "cifar_dataset", None)
         assert "No space left" in refused(train, *SMALL)
     assert checkpoint.read_bytes() == trained
-    assert os.listdir() == ["cifar_cnn.pth"]
+    assert os.listdir() == ["synthetic.pth"]
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
@@ -323,7 +341,7 @@ def test_the_room_asked_for_is_what_the_run_will_take(call, monkeypatch, name):
     options = [*SMALL, "--width", "32", "--batch-size", "1000", "--optimizer", name]
     monkeypatch.setattr(train, "plan", lambda *_: [(1000, 16)])
     call(train, *options)
-    size = os.path.getsize("cifar_cnn.pth")
+    size = os.path.getsize("synthetic.pth")
     assert size <= asked[0] / 2 <= size + 1.1 * 2**20  # two files of a new run
     monkeypatch.setattr(train, "fit", lambda *_: None)
     call(train, *options, "--resume")
@@ -354,7 +372,7 @@ def test_the_lecture_s_loop_runs_on_our_data_and_model(call, tmp_path):
             "optimizer_state_dict": optimizer.state_dict(),
             "loss": train_loss / len(train_loader),
         },
-        "cifar_cnn.pth",
+        "synthetic.pth",
     )
     network.eval()
     with torch.no_grad():
@@ -363,7 +381,7 @@ def test_the_lecture_s_loop_runs_on_our_data_and_model(call, tmp_path):
             for images, labels in DataLoader(test_data, batch_size=64)
         )
     # It says nothing of its images, so they count as real ones; here they are not.
-    loaded, _ = model.load_cnn(tmp_path / "cifar_cnn.pth")
+    loaded, _ = model.load_cnn(tmp_path / "synthetic.pth")
     logits = evaluation.predict(loaded, test_data, torch.device("cpu"))
     assert (logits.argmax(1) == test_data.labels).sum().item() == correct
     assert correct > 300  # chance is 100
