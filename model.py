@@ -12,6 +12,7 @@ reading it takes three steps: the file is sound (`read_file`), it is a checkpoin
 """
 
 import codecs
+import errno
 import io
 import math
 import os
@@ -31,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from dataset import fail
+from dataset import fail, what_came
 
 WIDTH = 32  # channels of the first block; the next have 2 and 4 times as many
 MAX_WIDTH = 1024  # two gigabytes of weights: more is a slip or an attack
@@ -131,7 +132,7 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None):
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # on the disk before it takes the old one's name
+            sync(file)
         if keep and path.exists():
             shutil.copyfile(path, keep)
     except BaseException:
@@ -146,6 +147,15 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None):
         f"another program holds {path}: close it, rename {part}, which holds the new "
         f"epoch, to {path.name}, and go on with --resume"
     )
+
+
+def sync(file):
+    """Wait until the file is on the disk, before it takes the old one's name."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:  # some network drives cannot say
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def save_checkpoint(checkpoint: dict, path: Path):
@@ -193,8 +203,10 @@ def read_file(path: Path):
 
     (Files of torch before 1.6, or written so on purpose, have no checksums to check.)
     """
+    if path.is_dir():
+        unusable(path, "it is a folder (was the file unpacked?)")
     if not path.is_file():  # a pipe would be waited for
-        fail(f"there is no checkpoint {path}: run train.py first, without --resume")
+        fail(f"there is no {path.absolute()}: run train.py first, without --resume")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
@@ -212,7 +224,7 @@ def read_file(path: Path):
             f"it holds {named[1]}, not only tensors and plain numbers (a whole model?): "
             "save model.state_dict() and float(loss), as the lecture's train.py does",
         )
-    unusable(path, "it is damaged, cut off, or no file of torch.save")
+    unusable(path, f"it is no whole file of torch.save ({what_came(path)})")
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -252,14 +264,15 @@ def plain_number(value):
     return value.item() if single or isinstance(value, np.generic) else value
 
 
-def load_weights(model: nn.Module, checkpoint: dict, path: Path):
-    """Put a checkpoint's weights into `model`; they have to fit to the letter.
+def load_weights(model: nn.Module, weights: dict, path: Path):
+    """Put the `weights` of the checkpoint `path` into `model`; they must fit exactly.
 
     Only what torch.compile and DataParallel put before each name may be there.
     """
-    weights, own = checkpoint["model_state_dict"], model.state_dict()
+    own = model.state_dict()
     for prefix in ("module.", "_orig_mod.", "module."):  # either may be the outer one
-        consume_prefix_in_state_dict_if_present(weights, prefix)
+        if not any(name.startswith(prefix) for name in own):
+            consume_prefix_in_state_dict_if_present(weights, prefix)
     if different := own.keys() ^ weights.keys():
         unusable(path, f"it is of another network: {min(different, key=str)} differs")
     for name, tensor in own.items():
@@ -272,7 +285,7 @@ def load_weights(model: nn.Module, checkpoint: dict, path: Path):
 
 
 def form(tensor: torch.Tensor) -> tuple:
-    return tensor.shape, tensor.dtype, tensor.layout
+    return tensor.shape, tensor.is_floating_point(), tensor.layout
 
 
 def load_cnn(path: Path) -> tuple["CNN", dict]:
@@ -285,12 +298,12 @@ def load_cnn(path: Path) -> tuple["CNN", dict]:
     if not isinstance(width, int) or not 0 < width <= MAX_WIDTH:
         unusable(path, f"its width is not from 1 to {MAX_WIDTH}")
     model = CNN(width)
-    load_weights(model, checkpoint, path)
+    load_weights(model, checkpoint["model_state_dict"], path)
     return model, checkpoint
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; without one CUDA's, or else the CPU.
+    """The device of that name; without one CUDA's where it works, or else the CPU.
 
     Never Apple's by itself: many versions of torch compute wrong gradients there for
     channels_last (github.com/pytorch/pytorch/issues/175189), and the CPU is fast enough.
@@ -298,7 +311,10 @@ def pick_device(name: str | None) -> torch.device:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name or best)
-        torch.zeros(1, device=device).item()  # is it really there?
+        (torch.ones(1, device=device) + 1).item()  # does it really compute?
         return device
     except (RuntimeError, AssertionError):
-        fail(f"no device {name or best} here: try --device cpu")
+        if name:
+            fail(f"no device {name} here: try --device cpu")
+        print("the GPU does not work with this version of PyTorch: the CPU is used")
+        return torch.device("cpu")

@@ -13,6 +13,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,16 +58,27 @@ WARM_UP = 0.15  # share of the steps in which the learning rate rises
 # it takes a third less time. Elsewhere, or where an older torch cannot tell, float32.
 FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 STOPPED = "stopped: the same command with --resume goes on after the last whole epoch"
-DECAY = {"weight_decay": 5e-4}  # against overfitting; the usual value for CIFAR-10
+WEIGHT_DECAY = 5e-4  # against overfitting; the usual value for CIFAR-10
 
-# The lecture's five: the class, the peak of the learning rate, how many numbers it keeps
-# of each weight, the other arguments.
+
+class Choice(NamedTuple):
+    """An optimizer that --optimizer offers."""
+
+    make: type[torch.optim.Optimizer]
+    lr: float  # the peak of the learning rate
+    kept: int  # numbers that it keeps of each weight: they are in the checkpoint, too
+    options: dict
+
+
+# The lecture's five.
 OPTIMIZERS = {
-    "sgd": (SGD, 1.0, 0, DECAY),
-    "momentum": (SGD, 0.3, 1, DECAY | {"momentum": 0.9, "nesterov": True}),
-    "adagrad": (Adagrad, 0.02, 1, {}),
-    "rmsprop": (RMSprop, 0.002, 1, {}),
-    "adam": (Adam, 0.002, 2, {}),
+    "sgd": Choice(SGD, 1.0, 0, {"weight_decay": WEIGHT_DECAY}),
+    "momentum": Choice(
+        SGD, 0.3, 1, {"weight_decay": WEIGHT_DECAY, "momentum": 0.9, "nesterov": True}
+    ),
+    "adagrad": Choice(Adagrad, 0.02, 1, {}),
+    "rmsprop": Choice(RMSprop, 0.002, 1, {}),
+    "adam": Choice(Adam, 0.002, 2, {}),
 }
 
 
@@ -97,8 +109,8 @@ def choose(losses: torch.Tensor, count: int) -> list[int]:
 
 
 def make_optimizer(model: nn.Module, settings: dict) -> torch.optim.Optimizer:
-    optimizer, _, _, options = OPTIMIZERS[settings["optimizer"]]
-    return optimizer(model.parameters(), settings["lr"], **options)
+    choice = OPTIMIZERS[settings["optimizer"]]
+    return choice.make(model.parameters(), settings["lr"], **choice.options)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -167,7 +179,7 @@ def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, dev
     epoch alone, and the checkpoint holds all else that the next epoch depends on.
     """
     seed, batch_size = settings["seed"], settings["batch_size"]
-    epochs = plan(settings["epochs"], batch_size, len(train_data))
+    schedule = plan(settings["epochs"], batch_size, len(train_data))
     optimizer = make_optimizer(model.to(device), settings)
     parts = {"model": model, "optimizer": optimizer}  # all that has a state of its own
     history, image_losses = [], torch.zeros(len(train_data))
@@ -176,12 +188,14 @@ def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, dev
     elif path.exists():
         old = path.with_suffix(OLD)
         print(f"{path} exists: the first epoch replaces it and keeps it as {old}")
-    steps = [count // batch_size for count, _ in epochs]
+    steps = [count // batch_size for count, _ in schedule]
     done = sum(steps[: len(history)])
-    scheduler = LambdaLR(optimizer, lambda i: learning_rate(i, sum(steps)), done - 1)
-    for epoch in range(len(history), len(epochs)):
+    scheduler = LambdaLR(
+        optimizer, lambda step: learning_rate(step, sum(steps)), last_epoch=done - 1
+    )
+    for epoch in range(len(history), len(schedule)):
         torch.manual_seed(1000 * seed + epoch)
-        count, size = epochs[epoch]
+        count, size = schedule[epoch]
         train_data.set_epoch(epoch, size, seed)
         chosen = choose(image_losses, count)
         # drop_last: what batch norm finds in a last batch of a few images is noise.
@@ -196,7 +210,7 @@ def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, dev
         for name, part in parts.items():
             checkpoint[f"{name}_state_dict"] = part.state_dict()
         save_checkpoint(checkpoint, path)
-        print_epoch(history, epochs)
+        print_epoch(history, schedule)
 
 
 def restore(path: Path, parts: dict, settings: dict) -> tuple[list, torch.Tensor]:
@@ -211,10 +225,13 @@ def restore(path: Path, parts: dict, settings: dict) -> tuple[list, torch.Tensor
     for name, value in settings.items():
         if (was := checkpoint["settings"].get(name, "unknown")) != value:
             fail(f"{path} has {name} {was}, not {value}: use that or another file")
-    load_weights(parts["model"], checkpoint, path)
     for name, part in parts.items():
+        state = checkpoint.get(f"{name}_state_dict")
+        if isinstance(part, nn.Module):
+            load_weights(part, state, path)
+            continue
         try:
-            part.load_state_dict(checkpoint[f"{name}_state_dict"])
+            part.load_state_dict(state)
         except (AttributeError, KeyError, TypeError, ValueError):
             unusable(path, f"the state of its {name} does not fit")
     history = checkpoint["history"]
@@ -222,14 +239,14 @@ def restore(path: Path, parts: dict, settings: dict) -> tuple[list, torch.Tensor
     return history, checkpoint["image_losses"]
 
 
-def print_epoch(history: list[dict], epochs: list[tuple[int, int]]):
+def print_epoch(history: list[dict], schedule: list[tuple[int, int]]):
     """The line of the epoch that has just been saved."""
     done, row = len(history), history[-1]
-    pixels = [count * size**2 for count, size in epochs]  # they take the time
-    spent = sum(epoch["seconds"] for epoch in history)
+    pixels = [count * size**2 for count, size in schedule]  # they take the time
+    spent = sum(past["seconds"] for past in history)
     left = spent * sum(pixels[done:]) / sum(pixels[:done])
     print(
-        f"Epoch: {done}/{len(epochs)}, Loss: {row['loss']:.4f}, "
+        f"Epoch: {done}/{len(schedule)}, Loss: {row['loss']:.4f}, "
         f"Accuracy: {row['accuracy']:.2%}, Learning rate: {row['learning_rate']:.4f}, "
         f"{row['seconds']:.0f} s, {left:.0f} s left"
     )
@@ -245,7 +262,7 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--seed", type=int, default=1, metavar="N", help=default)
     add("--resume", action="store_true", help="go on after the last finished epoch")
     args = parse(parser)
-    args.lr = OPTIMIZERS[args.optimizer][1] if args.lr is None else args.lr
+    args.lr = OPTIMIZERS[args.optimizer].lr if args.lr is None else args.lr
     limits = {"epochs": (1, 10**6), "seed": (0, 2**32), "lr": (1e-9, 1000)}
     limits |= {"width": (1, MAX_WIDTH)}  # compare_resnet.py has none
     for name, (least, most) in limits.items():
@@ -260,7 +277,7 @@ def check_room(model: nn.Module, path: Path, args: argparse.Namespace):
     A new run leaves two files, the old one's copy and its own; and the next epoch of
     any run is written beside the last.
     """
-    kept = OPTIMIZERS[args.optimizer][2]
+    kept = OPTIMIZERS[args.optimizer].kept
     size = (1 + kept) * sum(weight.nbytes for weight in model.state_dict().values())
     size += 2**20  # the losses of 50,000 images, the history, the names
     try_to_write(path, size if args.resume else 2 * size)

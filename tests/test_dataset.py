@@ -177,6 +177,7 @@ LAYOUTS = {
     "the folder itself": lambda root, x: extracted(root, x) / CIFAR10.base_folder,
     "7-Zip's folder": lambda root, x: extracted(root / "cifar-10-python", x).parent,
     "the file itself": lambda root, x: named("mine.bin", root, x) / "mine.bin",
+    "a path in quotes": lambda root, x: f'"{extracted(root, x)}"',
     "the tar itself": lambda root, x: gunzipped(root, x) / "cifar-10-python.tar",
 }
 
@@ -187,6 +188,31 @@ def test_what_a_person_s_tools_leave_is_found(archive, tmp_path, monkeypatch, la
     root = layout(tmp_path, archive)
     assert_all_images(root)
     assert_all_images(root)  # unpacked, too
+
+
+def test_an_archive_in_a_folder_that_is_read_only_is_read(
+    archive, tmp_path, monkeypatch
+):
+    (tmp_path / CIFAR10.filename).write_bytes(archive)
+    monkeypatch.setattr(dataset.os, "access", lambda path, mode: path != tmp_path)
+    assert_all_images(tmp_path)
+    assert os.listdir(tmp_path) == [CIFAR10.filename]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
+        (b"", "empty"),
+        (b"\x1f\x8b half of it", "wrong md5"),
+    ],
+)
+def test_an_archive_that_is_none_is_named(tmp_path, capsys, content, said):
+    (tmp_path / CIFAR10.filename).write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        cifar_dataset(tmp_path)
+    assert said in capsys.readouterr().err
 
 
 def test_a_tar_writes_nothing_outside_its_folder(tmp_path, archive, capsys):
@@ -221,12 +247,16 @@ def tree(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             name = f"{i:04}.png" if i < 10 else f"{i:04}.webp"
             Image.fromarray(pixels).save(folder / name, lossless=True)
-            (folder / ".DS_Store").touch()  # as macOS leaves them
+            for left_behind in (".DS_Store", "Thumbs.db", "desktop.ini"):
+                (folder / left_behind).touch()
+        (tmp_path / "my data" / split / "cat").rename(folder.parent / "Cat")
     return tmp_path / "my data"
 
 
 def test_class_folders_hold_the_same_images(tree):
     assert_all_images(tree)
+    assert_all_images(tree / "train")
+    assert_all_images(tree.parent)
 
 
 def make_foreign(folder):
@@ -244,11 +274,11 @@ def cut(path):
         (lambda train: shutil.rmtree(train / "ship"), "ship"),
         (lambda train: [p.unlink() for p in (train / "ship").iterdir()], "ship"),
         (make_foreign, "zebra"),
-        (lambda train: (train / "cat" / "a.png").write_bytes(b"no"), "a.png"),
-        (lambda train: cut(train / "cat" / "0003.png"), "0003.png"),
-        (lambda train: (train / "cat" / "b.png").mkdir(), "b.png"),
-        (lambda train: (train / "cat" / "loop").symlink_to(train), "loop"),
-        (lambda train: Image.new("RGB", (40, 40)).save(train / "cat/c.png"), "40"),
+        (lambda train: (train / "dog" / "a.png").write_bytes(b"no"), "a.png"),
+        (lambda train: cut(train / "dog" / "0005.png"), "0005.png"),
+        (lambda train: (train / "dog" / "b.png").mkdir(), "b.png"),
+        (lambda train: (train / "dog" / "loop").symlink_to(train), "loop"),
+        (lambda train: Image.new("RGB", (40, 40)).save(train / "dog/c.png"), "40"),
         (shutil.rmtree, "train"),
     ],
 )
