@@ -140,7 +140,8 @@ def download(root: Path) -> Path:
             if check_integrity(part, CIFAR10.tgz_md5):
                 os.replace(part, archive)
                 return archive
-            reasons.append(f"{what_came(part)}, {part.stat().st_size:,} bytes")
+            size = f"{part.stat().st_size:,} bytes"
+            reasons.append(f"{what_came(part)} (wrong md5), {size}")
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise  # a full disk is no fault of the mirror's
@@ -166,10 +167,10 @@ def what_came(file: Path) -> str:
     with open(file, "rb") as opened:
         start = opened.read(40).lstrip()
     if start.startswith(b"<"):
-        return "a web page came"
+        return "a web page"
     if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer came (git lfs pull brings the file)"
-    return "cut off or altered (wrong md5)" if start else "empty"
+        return "a Git LFS pointer: git lfs pull brings the file"
+    return "cut off or altered" if start else "empty"
 
 
 def find_official(root: Path) -> tuple[list[Path], list[Path]]:
@@ -238,7 +239,7 @@ def read_official(folders: list[Path], archives: list[Path]):
             if splits := read_batches(folder):
                 return splits
     damaged = [f"{folder / CIFAR10.base_folder}/: wrong md5" for folder in folders]
-    damaged += [f"{archive}: {what_came(archive)}" for archive in archives]
+    damaged += [f"{archive}: {what_came(archive)}, wrong md5" for archive in archives]
     fail(
         f"{'; '.join(damaged)}. Delete it and start again, or name another with --data"
     )

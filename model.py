@@ -224,7 +224,7 @@ def read_file(path: Path):
             f"it holds {named[1]}, not only tensors and plain numbers (a whole model?): "
             "save model.state_dict() and float(loss), as the lecture's train.py does",
         )
-    unusable(path, f"it is no whole file of torch.save ({what_came(path)})")
+    unusable(path, f"it is no whole file of torch.save, but {what_came(path)}")
 
 
 def load_checkpoint(path: Path) -> dict:
