@@ -12,9 +12,7 @@ are for ResNet18.
 """
 
 import argparse
-import importlib.util
 import time
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -22,8 +20,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
-from dataset import CLASSES, ImageDataset, cifar_dataset, command_line, fail, run
-from evaluation import check_kind, confusions, predict
+from dataset import CLASSES, ImageDataset, cifar_dataset, command_line, run
+from evaluation import (
+    check_kind,
+    check_matplotlib,
+    confusions,
+    draw_curves,
+    predict,
+)
 from model import load_checkpoint, load_cnn, load_weights, pick_device, unusable
 from train import STOPPED, check_room, fit, parse_options, settings_of
 
@@ -119,36 +123,16 @@ def compare(ours, theirs, name: str):
     print(f"\n{'; '.join(sides)}.")
 
 
-def draw_curves(histories: dict[str, list], path: str):
-    """Draw loss and accuracy on the training images over the seconds of training."""
-    from matplotlib import pyplot  # not a requirement of the scripts
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, history in histories.items():
-        seconds = list(accumulate(row["seconds"] for row in history))
-        panels[0].plot(seconds, [row["loss"] for row in history], "o-", label=name)
-        accuracy = [100 * row["accuracy"] for row in history]
-        panels[1].plot(seconds, accuracy, "o-", label=name)
-    for panel, ylabel in zip(panels, ("training loss", "training accuracy (%)")):
-        panel.set(xlabel="training time (s)", ylabel=ylabel)
-        panel.grid(alpha=0.3)
-        panel.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        fail(f"{path} cannot be drawn: {error}. Name another, such as curves.png")
-    print(f"{path}: loss and accuracy of both over the seconds of training")
-
-
 def main():
     parser = command_line(__doc__)
     add = parser.add_argument
-    add("--resnet-checkpoint", metavar="FILE", help="default: resnet18_cifar.pth")
-    add("--small-stem", action="store_true", help="3x3, stride 1, no pooling")
-    add("--plot", metavar="FILE", help="draw the learning curves")
+    resnet = "ResNet18's checkpoint (default: resnet18_cifar.pth)"
+    add("--resnet-checkpoint", metavar="FILE", help=resnet)
+    add("--small-stem", action="store_true", help="the form for 32x32 images, slower")
+    add("--plot", metavar="FILE", help="draw both histories (needs matplotlib)")
     args = parse_options(parser)
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        fail("--plot needs matplotlib: pip install matplotlib")
+    if args.plot:
+        check_matplotlib("--plot")
     default = "resnet18_small_stem" if args.small_stem else "resnet18_cifar"
     default += "_synthetic" if args.synthetic else ""
     resnet_path = Path(args.resnet_checkpoint or f"{default}.pth")

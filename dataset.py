@@ -355,15 +355,21 @@ def fail(message) -> NoReturn:
 
 def command_line(description: str) -> argparse.ArgumentParser:
     """A parser with the options of every script; a mistake ends in one line, too."""
-    raw = argparse.RawDescriptionHelpFormatter  # line breaks as they stand
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="exit status: 0 done (evaluation.py: target reached), 1 target missed,\n"
+        "             2 a mistake, named in one line (error: ...), 130 stopped by Ctrl-C",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # line breaks as they stand
+    )
     parser.error = usage_error
-    add, default = parser.add_argument, "default: %(default)s"
-    add("--data", default="data", metavar="DIR", help=f"the images' folder, {default}")
-    checkpoint = "default: cifar_cnn.pth, or synthetic.pth with --synthetic"
-    add("--synthetic", action="store_true", help="synthetic images, no download")
-    add("--checkpoint", type=Path, metavar="FILE", help=checkpoint)
-    add("--device", metavar="NAME", help="cpu, cuda, ... default: cuda, or else cpu")
+    add = parser.add_argument
+    data = "folder or archive of the images, made by a download if missing"
+    add("--data", default="data", metavar="DIR", help=f"{data} (default: %(default)s)")
+    add("--synthetic", action="store_true", help="try it on simple images, no download")
+    own = "default: cifar_cnn.pth, with --synthetic synthetic.pth"
+    add("--checkpoint", type=Path, metavar="FILE", help=f"our trained network ({own})")
+    default = "default: cuda where it works, or else cpu"
+    add("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps, ... ({default})")
     return parser
 
 

@@ -2,12 +2,16 @@
 
     python evaluation.py                            # exit status 0 from 55 % on, else 1
     python evaluation.py --mistakes mistakes.png    # draw what it gets wrong
+    python evaluation.py --curves curves.png        # draw how it was trained
     python evaluation.py --image photo.jpg          # ask it about a photo of one's own
 
 It also reads the checkpoints of the lecture's train.py. Each image is classified
 once, as it is (no test-time augmentation).
 """
 
+import argparse
+import importlib.util
+import math
 from pathlib import Path
 
 import torch
@@ -102,37 +106,84 @@ def draw_mistakes(logits: torch.Tensor, data: ImageDataset, path: Path):
     print(f"{path}: each row one class, under each image what it was taken for")
 
 
-def main():
+def check_matplotlib(option: str):
+    """Say at once, not after minutes of training, that a drawing needs one more package."""
+    if not importlib.util.find_spec("matplotlib"):
+        fail(f"{option} needs matplotlib: pip install matplotlib")
+
+
+def draw_curves(histories: dict[str, list[dict]], path: Path):
+    """Draw loss, training accuracy and learning rate of each epoch; a line for each name."""
+    if not all(histories.values()):
+        fail("a checkpoint of the lecture's train.py has no history to draw")
+    from matplotlib import pyplot  # not a requirement of the scripts
+
+    kinds = {"loss": "training loss", "accuracy": "training accuracy"}
+    kinds |= {"learning_rate": "learning rate"}
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    for name, history in histories.items():
+        epochs = range(1, len(history) + 1)
+        seconds = sum(row["seconds"] for row in history)
+        for panel, kind in zip(panels, kinds):
+            values = [
+                row.get(kind, math.nan) for row in history
+            ]  # older ones lack some
+            panel.plot(epochs, values, ".-", label=f"{name}, {seconds:,.0f} s")
+    for panel, label in zip(panels, kinds.values()):
+        panel.set(xlabel="epoch", ylabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be drawn: {error}. Name another, such as curves.png")
+    print(f"{path}: loss, accuracy and learning rate of each epoch of training")
+
+
+def classify_photo(model, photo: str, device):
+    """Print the three likeliest classes of an image file of any size."""
+    # The network knows 32x32 alone, so the central square is made as small.
+    small = ImageOps.fit(read_image(photo), (32, 32), Image.Resampling.BOX)
+    data = ImageDataset(pil_to_tensor(small)[None], labels=[0])  # any label
+    for share, label in zip(*predict(model, data, device)[0].softmax(0).topk(3)):
+        print(f"{share:7.2%}  {CLASSES[label]}")
+
+
+def parse_options() -> argparse.Namespace:
     parser = command_line(__doc__)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--mistakes", metavar="FILE", help="draw the most confident mistakes")
+    add("--curves", metavar="FILE", help="draw the history (needs matplotlib)")
     add("--image", metavar="FILE", help="name the likeliest classes of this photo")
-    args = parse(parser)
+    return parse(parser)
+
+
+def main():
+    args = parse_options()
     path, device = args.checkpoint, pick_device(args.device)
+    if args.curves:
+        check_matplotlib("--curves")
     model, checkpoint = load_cnn(path)
     check_kind(checkpoint, args.synthetic, path)
     if args.image:
-        # The network knows 32x32 alone, so the central square is made as small.
-        small = ImageOps.fit(read_image(args.image), (32, 32), Image.Resampling.BOX)
-        photo = ImageDataset(pil_to_tensor(small)[None], labels=[0])  # any label
-        for share, label in zip(*predict(model, photo, device)[0].softmax(0).topk(3)):
-            print(f"{share:7.2%}  {CLASSES[label]}")
+        classify_photo(model, args.image, device)
         return 0
+    if args.curves:
+        draw_curves({path.name: checkpoint["history"]}, args.curves)
     _, test_data = cifar_dataset(args.data, args.synthetic)
     logits = predict(model, test_data, device)
     accuracy = report(logits, test_data.labels)
     if args.mistakes:
         draw_mistakes(logits, test_data, Path(args.mistakes))
-    passed = accuracy >= TARGET
-    kind = ""
-    if args.synthetic:
-        kind = " on synthetic images, which says nothing of CIFAR-10"
     done, epochs = checkpoint["epoch"] + 1, checkpoint["settings"].get("epochs")
     if epochs and done < epochs:
         print(f"{path} holds {done} of {epochs} epochs: go on with train.py --resume")
-    verdict = "PASS" if passed else "FAIL"
+    kind = ""
+    if args.synthetic:
+        kind = " on synthetic images, which says nothing of CIFAR-10"
+    verdict = "PASS" if accuracy >= TARGET else "FAIL"
     print(f"{verdict}: {accuracy:.2%}{kind} (the target is {TARGET:.0%})")
-    return 0 if passed else 1
+    return 0 if accuracy >= TARGET else 1
 
 
 if __name__ == "__main__":

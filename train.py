@@ -254,12 +254,14 @@ def print_epoch(history: list[dict], schedule: list[tuple[int, int]]):
 
 def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options of a training run, checked, and the learning rate filled in."""
-    add, default = parser.add_argument, "default: %(default)s"
-    add("--epochs", type=int, default=EPOCHS, metavar="N", help=default)
-    add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=default)
-    add("--optimizer", choices=OPTIMIZERS, default="momentum", help=default)
-    add("--lr", type=float, metavar="X", help="peak, default: the optimizer's own")
-    add("--seed", type=int, default=1, metavar="N", help=default)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    number, seed = {"type": int, "metavar": "N"}, "the same one gives the same bits"
+    add("--epochs", **number, default=EPOCHS, help=f"passes over the images {default}")
+    add("--batch-size", **number, default=BATCH_SIZE, help=f"images a step {default}")
+    add("--seed", **number, default=1, help=f"{seed} {default}")
+    add("--lr", type=float, metavar="X", help="peak of the learning rate")
+    five = f"the lecture's five, each with its own --lr {default}"
+    add("--optimizer", choices=OPTIMIZERS, default="momentum", help=five)
     add("--resume", action="store_true", help="go on after the last finished epoch")
     args = parse(parser)
     args.lr = OPTIMIZERS[args.optimizer].lr if args.lr is None else args.lr
@@ -293,8 +295,8 @@ def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:
 
 def main():
     parser = command_line(__doc__)
-    width_help = "channels of the first block, default: %(default)s"
-    parser.add_argument("--width", type=int, default=WIDTH, help=width_help)
+    width = f"channels of the first block (default: {WIDTH})"
+    parser.add_argument("--width", type=int, default=WIDTH, metavar="N", help=width)
     args = parse_options(parser)
     path, device = args.checkpoint, pick_device(args.device)
     torch.manual_seed(args.seed)

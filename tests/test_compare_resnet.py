@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from conftest import same_bits
-from PIL import Image
 from torchvision.models import ResNet18_Weights, resnet18
 
 import compare_resnet
@@ -105,15 +104,6 @@ def test_small_stem_keeps_all_pixels():
         resnet.layer1.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape))
         assert resnet.eval()(images).shape == (1, 10)
     assert seen == [(1, 64, 8, 8), (1, 64, 32, 32)]
-
-
-def test_curves_of_both_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    history = [{"loss": 1.5, "accuracy": 0.5, "seconds": 9.0}] * 3
-    compare_resnet.draw_curves({"ours": history, "theirs": history}, "curves.png")
-    with Image.open("curves.png") as curves:
-        colors = {color for _, color in curves.convert("RGB").getcolors(10**6)}
-    assert {(31, 119, 180), (255, 127, 14)} < colors  # matplotlib's first two
 
 
 def test_what_is_missing_is_named_before_any_training(refused, checkpoint, monkeypatch):

@@ -1,6 +1,7 @@
 """What evaluation.py and checkpoints promise: right figures, and nothing unsafe."""
 
 import errno
+import importlib.util
 import os
 import random
 from collections import Counter
@@ -94,6 +95,28 @@ def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
         evaluation, "--image", "a photo.jpg", "--checkpoint", "synthetic.pth"
     )
     refused(evaluation, SYNTHETIC, "--mistakes", "no folder/mistakes.png")
+
+
+def test_curves_are_drawn_from_the_history(call, checkpoint):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.close("all")
+    out = call(evaluation, SYNTHETIC, "--curves", "curves.png")[1]
+    assert "curves.png" in out
+    assert "Accuracy: " in out
+    with Image.open("curves.png") as curves:
+        assert curves.size == (1800, 525)
+    history = torch.load(checkpoint, weights_only=True)["history"]
+    for panel, key in zip(pyplot.gcf().axes, ("loss", "accuracy", "learning_rate")):
+        [line] = panel.lines
+        assert line.get_xydata().tolist() == [
+            [i + 1, x[key]] for i, x in enumerate(history)
+        ]
+
+
+def test_without_matplotlib_it_is_said_before_anything_else(refused, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = refused(evaluation, SYNTHETIC, "--curves", "a.png")  # no checkpoint, too
+    assert "pip install matplotlib" in message
 
 
 def test_whitening_makes_the_outputs_uncorrelated():
