@@ -226,7 +226,7 @@ def restore(path: Path, parts: dict, settings: dict) -> tuple[list, torch.Tensor
         if (was := checkpoint["settings"].get(name, "unknown")) != value:
             fail(f"{path} has {name} {was}, not {value}: use that or another file")
     for name, part in parts.items():
-        state = checkpoint.get(f"{name}_state_dict")
+        state = checkpoint.get(f"{name}_state_dict", {})
         if isinstance(part, nn.Module):
             load_weights(part, state, path)
             continue
