@@ -9,6 +9,8 @@ tensor operations instead of image by image. At the end stands what the command 
 all scripts share: `fail`, `command_line` and `run`.
 """
 
+from __future__ import annotations  # for Python 3.9, which macOS brings along
+
 import argparse
 import errno
 import gzip

@@ -11,6 +11,8 @@ reading it takes three steps: the file is sound (`read_file`), it is a checkpoin
 (`load_checkpoint`), and its weights fit the network (`load_weights`).
 """
 
+from __future__ import annotations  # for Python 3.9, which macOS brings along
+
 import codecs
 import errno
 import io
@@ -288,7 +290,7 @@ def form(tensor: torch.Tensor) -> tuple:
     return tensor.shape, tensor.is_floating_point(), tensor.layout
 
 
-def load_cnn(path: Path) -> tuple["CNN", dict]:
+def load_cnn(path: Path) -> tuple[CNN, dict]:
     """The network of a checkpoint of ours or of the lecture's, and the checkpoint."""
     checkpoint = load_checkpoint(path)
     name = checkpoint["settings"].get("model", "CNN")

@@ -37,7 +37,7 @@ def test_report_agrees_with_a_plain_count(call, checkpoint):
     lines = out.splitlines()
     assert lines[0] == f"Accuracy: {correct / 1000:.2%} ({correct}/1000)"
     assert float(lines[1].split()[1]) == pytest.approx(loss, abs=2e-4)
-    for name, line in zip(CLASSES, lines[3:13], strict=True):  # of 100 images each
+    for name, line in zip(CLASSES, lines[3:13]):  # of 100 images each
         bar = "#" * round(0.4 * right_of[name])
         assert line.split() == [name, f"{right_of[name]}.00%", *bar.split()]
     worst = [line.strip().split(" x ") for line in lines[14:19]]
