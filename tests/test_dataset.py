@@ -215,12 +215,15 @@ def test_an_archive_that_is_none_is_named(tmp_path, capsys, content, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_a_tar_writes_nothing_outside_its_folder(tmp_path, archive, capsys):
     """Links and paths that lead out, under the official names."""
     root = tmp_path / "data"
     root.mkdir()
     outside = tmp_path / "outside"
     outside.write_bytes(b"mine")
+    (root / CIFAR10.base_folder).mkdir()
+    (root / CIFAR10.base_folder / "test_batch").symlink_to(outside)
     with tarfile.open(root / "cifar-10-python.tar", "w") as tar:
         link = tarfile.TarInfo(f"{CIFAR10.base_folder}/data_batch_1")
         link.type, link.linkname = tarfile.SYMTYPE, str(outside)
@@ -388,6 +391,16 @@ def test_certificates_that_cannot_be_checked_have_a_way_out(
     assert out.count("CERTIFICATE_VERIFY_FAILED") == len(dataset.MIRRORS)
     assert "Install Certificates.command" in err
     assert "SSL_CERT_FILE" in err
+    certificate = iter([unchecked])  # for the first mirror alone; the others are away
+
+    def away(*args, **kwargs):
+        next(certificate, lambda: None)()
+        raise URLError("away")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", away)
+    with pytest.raises(SystemExit, match="2"):
+        cifar_dataset(tmp_path)
+    assert "SSL_CERT_FILE" not in capsys.readouterr().err
 
 
 # Photos.
