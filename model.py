@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import tarfile
 import tempfile
 import time
 import warnings
@@ -203,7 +204,8 @@ def numpy_floats():
 def read_file(path: Path):
     """What `torch.save` wrote, on the CPU; all bytes are checked, no code in it runs.
 
-    (Files of torch before 1.6, or written so on purpose, have no checksums to check.)
+    (Files of torch before 1.6, or written so on purpose, have no checksums to check; its
+    oldest, tars, could run code up to torch 2.5: CVE-2025-32434.)
     """
     if path.is_dir():
         unusable(path, "it is a folder (was the file unpacked?)")
@@ -214,6 +216,8 @@ def read_file(path: Path):
             with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
                 if archive.testzip():
                     unusable(path, "its bytes have changed")
+        elif tarfile.is_tarfile(path):
+            unusable(path, "it is a tar")
         with warnings.catch_warnings(), numpy_floats():
             warnings.simplefilter("ignore")  # of torch's formats that we refuse anyway
             return torch.load(path, map_location="cpu", weights_only=True)

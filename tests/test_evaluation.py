@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import os
 import random
+import tarfile
 from collections import Counter
 from operator import delitem
 
@@ -163,6 +164,7 @@ DAMAGES = {
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "foreign": lambda path: path.write_text("a letter to grandmother"),
     "code": saved(lambda saved: saved.update(extra=Code())),
+    "a tar": lambda path: tarfile.open(path, "w").close(),
     "a list": lambda path: torch.save([1, 2, 3], path),
     "no weights": saved(lambda saved: delitem(saved, "model_state_dict")),
     "no epoch": saved(lambda saved: delitem(saved, "epoch")),
