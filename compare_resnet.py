@@ -55,7 +55,7 @@ def load_resnet(path: Path, settings: dict) -> tuple[nn.Module, dict]:
     if found != name:
         unusable(path, f"it holds {found}, not {name}")
     resnet = make_resnet(name == SMALL_STEM)
-    load_weights(resnet, checkpoint["model_state_dict"], path)
+    load_weights(resnet, checkpoint, path)
     return resnet, checkpoint
 
 

@@ -270,12 +270,15 @@ def plain_number(value):
     return value.item() if single or isinstance(value, np.generic) else value
 
 
-def load_weights(model: nn.Module, weights: dict, path: Path):
-    """Put the `weights` of the checkpoint `path` into `model`; they must fit exactly.
+def load_weights(model: nn.Module, checkpoint: dict, path: Path, part: str = "model"):
+    """Put the weights of a `part` of the checkpoint into `model`; they must fit exactly.
 
-    Only what torch.compile and DataParallel put before each name may be there.
+    Only what torch.compile and DataParallel put before each name may be there. Every
+    evaluation reads the default part.
     """
-    own = model.state_dict()
+    weights, own = checkpoint.get(f"{part}_state_dict"), model.state_dict()
+    if not isinstance(weights, dict):
+        unusable(path, f"it has no {part}_state_dict")
     for prefix in ("module.", "_orig_mod.", "module."):  # either may be the outer one
         if not any(name.startswith(prefix) for name in own):
             consume_prefix_in_state_dict_if_present(weights, prefix)
@@ -304,7 +307,7 @@ def load_cnn(path: Path) -> tuple[CNN, dict]:
     if not isinstance(width, int) or not 0 < width <= MAX_WIDTH:
         unusable(path, f"its width is not from 1 to {MAX_WIDTH}")
     model = CNN(width)
-    load_weights(model, checkpoint["model_state_dict"], path)
+    load_weights(model, checkpoint, path)
     return model, checkpoint
 
 

@@ -226,12 +226,11 @@ def restore(path: Path, parts: dict, settings: dict) -> tuple[list, torch.Tensor
         if (was := checkpoint["settings"].get(name, "unknown")) != value:
             fail(f"{path} has {name} {was}, not {value}: use that or another file")
     for name, part in parts.items():
-        state = checkpoint.get(f"{name}_state_dict", {})
         if isinstance(part, nn.Module):
-            load_weights(part, state, path)
+            load_weights(part, checkpoint, path, name)
             continue
         try:
-            part.load_state_dict(state)
+            part.load_state_dict(checkpoint[f"{name}_state_dict"])
         except (AttributeError, KeyError, TypeError, ValueError):
             unusable(path, f"the state of its {name} does not fit")
     history = checkpoint["history"]
