@@ -252,7 +252,9 @@ def load_checkpoint(path: Path) -> dict:
     for key, kind in (kinds | {"settings": dict, "history": list}).items():
         if not isinstance(checkpoint.get(key), kind):
             keys = ", ".join(map(str, found))
-            unusable(path, f"its {key} is missing or of another kind (it has {keys})")
+            unusable(
+                path, f"its {key} is missing or of another kind (it has {keys[:200]})"
+            )
     epoch, history = checkpoint["epoch"], checkpoint["history"]
     if epoch < 0 or (checkpoint["settings"] and len(history) != epoch + 1):
         unusable(path, "its epoch and its history do not agree")
