@@ -12,6 +12,7 @@ are for ResNet18.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def measure(model, checkpoint: dict, path: Path, test_data: ImageDataset, device
     seconds = time.perf_counter() - start
     table = confusions(logits, test_data.labels)
     # The lecture's checkpoints have no history.
-    trained = sum(row["seconds"] for row in checkpoint["history"]) or float("nan")
+    seconds_of = [row.get("seconds", math.nan) for row in checkpoint["history"]]
+    trained = sum(seconds_of) or math.nan
     parameters = sum(weight.numel() for weight in model.parameters())
     figures = {
         "test accuracy": ((table.trace() / table.sum()).item(), ".2%", True),
@@ -106,15 +108,16 @@ def measure(model, checkpoint: dict, path: Path, test_data: ImageDataset, device
 
 def compare(ours, theirs, name: str):
     """Print the two models' figures side by side, and who is ahead on what."""
+    (figures, classes), (their_figures, their_classes) = ours, theirs
     print(f"\n{'':24}{'our CNN':>14}{name:>30}")
     ahead = {"our CNN": [], name: []}
-    for figure, (a, form, more) in ours[0].items():
-        b = theirs[0][figure][0]
+    for figure, (a, form, more) in figures.items():
+        b = their_figures[figure][0]
         print(f"{figure:24}{a:>14{form}}{b:>30{form}}")
         if more is not None and (a > b or a < b):  # neither with nan
             ahead["our CNN" if (a > b) == more else name].append(figure)
     print("\naccuracy of each class")
-    for label, a, b in zip(CLASSES, ours[1], theirs[1]):
+    for label, a, b in zip(CLASSES, classes, their_classes):
         print(f"{label:24}{a:>14.2%}{b:>30.2%}")
     sides = [
         f"{who} is ahead on {', '.join(what) or 'nothing'}"
@@ -126,8 +129,8 @@ def compare(ours, theirs, name: str):
 def main():
     parser = command_line(__doc__)
     add = parser.add_argument
-    resnet = "ResNet18's checkpoint (default: resnet18_cifar.pth)"
-    add("--resnet-checkpoint", metavar="FILE", help=resnet)
+    file = "ResNet18's checkpoint (default: resnet18_cifar.pth)"
+    add("--resnet-checkpoint", metavar="FILE", help=file)
     add("--small-stem", action="store_true", help="the form for 32x32 images, slower")
     add("--plot", metavar="FILE", help="draw both histories (needs matplotlib)")
     args = parse_options(parser)

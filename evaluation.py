@@ -123,11 +123,10 @@ def draw_curves(histories: dict[str, list[dict]], path: Path):
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
     for name, history in histories.items():
         epochs = range(1, len(history) + 1)
-        seconds = sum(row["seconds"] for row in history)
+        seconds = sum(row.get("seconds", math.nan) for row in history)
         for panel, kind in zip(panels, kinds):
-            values = [
-                row.get(kind, math.nan) for row in history
-            ]  # older ones lack some
+            # Older checkpoints lack some.
+            values = [row.get(kind, math.nan) for row in history]
             panel.plot(epochs, values, ".-", label=f"{name}, {seconds:,.0f} s")
     for panel, label in zip(panels, kinds.values()):
         panel.set(xlabel="epoch", ylabel=label)

@@ -35,8 +35,8 @@ from dataset import (
 from model import (
     CNN,
     MAX_WIDTH,
-    OLD,
     WIDTH,
+    free_name,
     load_checkpoint,
     load_weights,
     pick_device,
@@ -57,7 +57,10 @@ WARM_UP = 0.15  # share of the steps in which the learning rate rises
 # bfloat16 where the processor has instructions for it (AMD since Zen 4, Intel's servers):
 # it takes a third less time. Elsewhere, or where an older torch cannot tell, float32.
 FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-STOPPED = "stopped: the same command with --resume goes on after the last whole epoch"
+STOPPED = (
+    "stopped: the same command with --resume goes on after the last epoch that it saved "
+    "(if it saved none, start it again)"
+)
 WEIGHT_DECAY = 5e-4  # against overfitting; the usual value for CIFAR-10
 
 
@@ -117,9 +120,10 @@ def learning_rate(step: int, steps: int) -> float:
     """The learning rate of a step (from 0) as a share of its peak: up, then down.
 
     Large first steps, from random weights, can make the loss explode; towards 0 the
-    weights settle. The last step is followed by one more, of which nothing is left.
+    weights settle. It is the linear form of torch's OneCycleLR, as a function of the
+    step alone, so that a checkpoint need not hold a schedule.
     """
-    turn = WARM_UP * (steps + 1) - 1
+    turn = max(WARM_UP * (steps + 1) - 1, 1e-3)
     return float(np.interp(step, [0, turn, steps], [0.04, 1, 4e-6]))
 
 
@@ -127,7 +131,7 @@ def train_epoch(model, loader, optimizer, scheduler, device):
     """One pass over the loader's images.
 
     Returns a row of the history (mean loss, accuracy from 0 to 1, learning rate at the
-    end, seconds), and the loss of each image, float32 (N,).
+    end, seconds), and the loss of each image that it saw, float32, in their order.
     """
     model.train()
     start = time.perf_counter()
@@ -186,10 +190,11 @@ def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, dev
     if resume:
         history, image_losses = restore(path, parts, settings)
     elif path.exists():
-        old = path.with_suffix(OLD)
+        old = free_name(path)
         print(f"{path} exists: the first epoch replaces it and keeps it as {old}")
     steps = [count // batch_size for count, _ in schedule]
     done = sum(steps[: len(history)])
+    # What LambdaLR calls an epoch is a step here.
     scheduler = LambdaLR(
         optimizer, lambda step: learning_rate(step, sum(steps)), last_epoch=done - 1
     )
@@ -203,7 +208,7 @@ def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, dev
         freeze_first_layer(model, epoch)
         row, losses = train_epoch(model, loader, optimizer, scheduler, device)
         check_finite(model, losses)
-        image_losses[chosen[: len(losses)]] = losses
+        image_losses[chosen[: len(losses)]] = losses  # drop_last left the end out
         history.append(row)
         checkpoint = {"epoch": epoch, "loss": row["loss"], "settings": settings}
         checkpoint |= {"history": history, "image_losses": image_losses}

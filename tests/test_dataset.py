@@ -216,6 +216,14 @@ def test_an_archive_that_is_none_is_named(tmp_path, capsys, content, said):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_a_slip_in_the_archive_s_name_downloads_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "download", None)
+    with pytest.raises(SystemExit):
+        dataset.cifar_dataset(tmp_path / "cifar-10-pyton.tar.gz")
+    assert "there is no" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_tar_writes_nothing_outside_its_folder(tmp_path, archive, capsys):
     """Links and paths that lead out, under the official names."""
     root = tmp_path / "data"

@@ -201,7 +201,11 @@ def test_a_new_run_keeps_what_it_replaces(call, checkpoint, trained):
     out = call(train, *SMALL, "--epochs", "1")[1]
     assert "keeps it as synthetic.old.pth" in out
     assert Path("synthetic.old.pth").read_bytes() == trained
-    assert checkpoint.read_bytes() != trained
+    one_epoch = checkpoint.read_bytes()
+    assert one_epoch != trained
+    call(train, *SMALL, "--epochs", "1", "--seed", "2")  # nor does a second one lose it
+    assert Path("synthetic.old.pth").read_bytes() == trained
+    assert Path("synthetic.old2.pth").read_bytes() == one_epoch
 
 
 @pytest.mark.parametrize(
