@@ -117,6 +117,8 @@ def test_curves_are_drawn_from_the_history(call, checkpoint):
         del row["seconds"]
     torch.save(checkpoint, "synthetic.pth")
     assert "curves.png" in call(evaluation, SYNTHETIC, "--curves", "curves.png")[1]
+    [name] = pyplot.gcf().axes[0].get_legend().get_texts()
+    assert name.get_text() == "synthetic.pth"  # no seconds that nobody knows
 
 
 def test_without_matplotlib_it_is_said_before_anything_else(refused, monkeypatch):
