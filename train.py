@@ -73,8 +73,9 @@ class Choice(NamedTuple):
     options: dict
 
 
-# The lecture's five; for each the rate and the weight decay (of 0, a tenth, or all of
-# it) of lowest loss on held-out training images after four epochs.
+# The lecture's five. Each one's rate and weight decay (0, a tenth of WEIGHT_DECAY, or all
+# of it) gave the lowest loss on held-out training images after four epochs; momentum's
+# 0.3 tied with 0.1.
 OPTIMIZERS = {
     "sgd": Choice(SGD, 1.0, 0, {"weight_decay": WEIGHT_DECAY}),
     "momentum": Choice(
