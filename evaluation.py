@@ -124,11 +124,11 @@ def draw_curves(histories: dict[str, list[dict]], path: Path):
     for name, history in histories.items():
         epochs = range(1, len(history) + 1)
         seconds = sum(row.get("seconds", math.nan) for row in history)
-        label = name if math.isnan(seconds) else f"{name}, {seconds:,.0f} s"
+        legend = name if math.isnan(seconds) else f"{name}, {seconds:,.0f} s"
         for panel, kind in zip(panels, kinds):
             # Older checkpoints lack some.
             values = [row.get(kind, math.nan) for row in history]
-            panel.plot(epochs, values, ".-", label=label)
+            panel.plot(epochs, values, ".-", label=legend)
     for panel, label in zip(panels, kinds.values()):
         panel.set(xlabel="epoch", ylabel=label)
         panel.grid(alpha=0.3)
