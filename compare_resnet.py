@@ -3,7 +3,7 @@
     python train.py             # first: the model that is compared
     python compare_resnet.py    # trains resnet18_cifar.pth, or takes the finished one
 
-    python compare_resnet.py --small-stem       # made for 32x32 images: much slower
+    python compare_resnet.py --small-stem       # made for 32x32 images: an hour on a CPU
     python compare_resnet.py --plot curves.png  # needs: pip install matplotlib
 
 ResNet18 starts from random weights, as ours does: no pretrained part. `--checkpoint` is
