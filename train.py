@@ -283,12 +283,15 @@ def check_room(model: nn.Module, path: Path, args: argparse.Namespace):
     """Refuse a checkpoint that cannot be written before time is spent on it.
 
     A new run leaves two files, the old one's copy and its own; and the next epoch of
-    any run is written beside the last.
+    any run is written beside the last. Only a checkpoint is replaced: not a script or a
+    photo that --checkpoint names by mistake.
     """
     kept = OPTIMIZERS[args.optimizer].kept
     size = (1 + kept) * sum(weight.nbytes for weight in model.state_dict().values())
     size += 2**20  # the losses of 50,000 images, the history, the names
     try_to_write(path, size if args.resume else 2 * size)
+    if path.exists():
+        load_checkpoint(path)
 
 
 def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:

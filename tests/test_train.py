@@ -208,6 +208,14 @@ def test_a_new_run_keeps_what_it_replaces(call, checkpoint, trained):
     assert Path("synthetic.old2.pth").read_bytes() == one_epoch
 
 
+def test_only_a_checkpoint_is_replaced(refused):
+    script = Path("train.py")  # whoever mixes up two names
+    script.write_text("print()")
+    assert "train.py cannot be used" in refused(train, *SMALL, "--checkpoint", script)
+    assert [*script.parent.glob("train*")] == [script]
+    assert script.read_text() == "print()"
+
+
 @pytest.mark.parametrize(
     ("name", "kept"),  # what only this one keeps of each weight
     [
