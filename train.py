@@ -192,6 +192,7 @@ def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, dev
     if resume:
         history, image_losses = restore(path, parts, settings)
     elif path.exists():
+        load_checkpoint(path)  # nothing else is replaced, such as a script or a photo
         old = free_name(path)
         print(f"{path} exists: the first epoch replaces it and keeps it as {old}")
     steps = [count // batch_size for count, _ in schedule]
@@ -283,15 +284,12 @@ def check_room(model: nn.Module, path: Path, args: argparse.Namespace):
     """Refuse a checkpoint that cannot be written before time is spent on it.
 
     A new run leaves two files, the old one's copy and its own; and the next epoch of
-    any run is written beside the last. Only a checkpoint is replaced: not a script or a
-    photo that --checkpoint names by mistake.
+    any run is written beside the last.
     """
     kept = OPTIMIZERS[args.optimizer].kept
     size = (1 + kept) * sum(weight.nbytes for weight in model.state_dict().values())
     size += 2**20  # the losses of 50,000 images, the history, the names
     try_to_write(path, size if args.resume else 2 * size)
-    if path.exists():
-        load_checkpoint(path)
 
 
 def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:
