@@ -11,7 +11,6 @@ our model and only read; `--resnet-checkpoint` is written, and the options of tr
 are for ResNet18.
 """
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -21,18 +20,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
-from dataset import CLASSES, ImageDataset, cifar_dataset, command_line, run
-from evaluation import (
-    check_kind,
-    check_matplotlib,
-    confusions,
-    draw_curves,
-    predict,
-)
-from model import load_checkpoint, load_cnn, load_weights, pick_device, unusable
+import dataset
+import evaluation
+from dataset import CLASSES, ImageDataset, cifar_dataset
+from evaluation import load_checkpoint, load_cnn, predict
 from train import STOPPED, check_room, fit, parse_options, settings_of
-
-SMALL_STEM = "ResNet18 with the small stem"  # its name in settings and tables
 
 
 def make_resnet(small_stem: bool) -> nn.Module:
@@ -49,38 +41,8 @@ def make_resnet(small_stem: bool) -> nn.Module:
     return resnet.to(memory_format=torch.channels_last)
 
 
-def load_resnet(path: Path, settings: dict) -> tuple[nn.Module, dict]:
-    """The ResNet18 of a checkpoint, in the form that `settings` name, and the checkpoint."""
-    checkpoint = load_checkpoint(path)
-    found, name = checkpoint["settings"].get("model", "CNN"), settings["model"]
-    if found != name:
-        unusable(path, f"it holds {found}, not {name}")
-    resnet = make_resnet(name == SMALL_STEM)
-    load_weights(resnet, checkpoint, path)
-    return resnet, checkpoint
-
-
-def train_resnet(args: argparse.Namespace, train_data: ImageDataset, path, device):
-    """Train the checkpoint `path` unless it is finished; return model and checkpoint."""
-    name = SMALL_STEM if args.small_stem else "ResNet18"
-    settings = settings_of(args, train_data) | {"model": name}
-    resume = args.resume
-    if path.exists():
-        _, checkpoint = load_resnet(path, settings)
-        done, epochs = checkpoint["epoch"] + 1, checkpoint["settings"].get("epochs")
-        resume = resume or done == epochs
-    torch.manual_seed(args.seed)
-    resnet = make_resnet(args.small_stem)
-    check_room(resnet, path, args)
-    fit(resnet, train_data, settings, path, resume, device)
-    return load_resnet(path, settings)
-
-
 def measure(model, checkpoint: dict, path: Path, test_data: ImageDataset, device):
-    """The figures of a model and its accuracy in each class (0 to 1).
-
-    Each figure comes with its form, and with whether more is better (None: neither).
-    """
+    """The figures of a model, as texts, and its accuracy in each class (0 to 1)."""
     with FlopCounterMode(display=False) as counter:
         model.cpu().eval()(torch.zeros(1, 3, 32, 32))
     few = ImageDataset(test_data.images[:500], test_data.labels[:500])
@@ -88,46 +50,24 @@ def measure(model, checkpoint: dict, path: Path, test_data: ImageDataset, device
     start = time.perf_counter()
     logits = predict(model, test_data, device)
     seconds = time.perf_counter() - start
-    table = confusions(logits, test_data.labels)
+    table = evaluation.confusions(logits, test_data.labels)
     # The lecture's checkpoints have no history.
-    seconds_of = [row.get("seconds", math.nan) for row in checkpoint["history"]]
-    trained = sum(seconds_of) or math.nan
-    parameters = sum(weight.numel() for weight in model.parameters())
+    trained = sum(row.get("seconds", math.nan) for row in checkpoint["history"])
     figures = {
-        "test accuracy": ((table.trace() / table.sum()).item(), ".2%", True),
-        "parameters": (parameters, ",", False),
-        "MACs an image": (counter.get_total_flops() // 2, ",", False),
-        "training seconds": (trained, ",.0f", False),
-        "training epochs": (checkpoint["epoch"] + 1, "", None),
-        # One run differs from the next by 10 %.
-        "images a second": (len(test_data) / seconds, ",.0f", None),
-        "checkpoint (MB)": (path.stat().st_size / 1e6, ".1f", False),
+        "test accuracy": f"{table.trace() / table.sum():.2%}",
+        "parameters": f"{sum(weight.numel() for weight in model.parameters()):,}",
+        "MACs an image": f"{counter.get_total_flops() // 2:,}",
+        "training seconds": f"{trained or math.nan:,.0f}",
+        "training epochs": f"{checkpoint['epoch'] + 1}",
+        "images a second": f"{len(test_data) / seconds:,.0f}",  # +- 10 %
+        "checkpoint (MB)": f"{path.stat().st_size / 1e6:.1f}",
     }
-    return figures, (table.diagonal() / table.sum(1).clamp(min=1)).tolist()
-
-
-def compare(ours, theirs, name: str):
-    """Print the two models' figures side by side, and who is ahead on what."""
-    (figures, classes), (their_figures, their_classes) = ours, theirs
-    print(f"\n{'':24}{'our CNN':>14}{name:>30}")
-    ahead = {"our CNN": [], name: []}
-    for figure, (a, form, more) in figures.items():
-        b = their_figures[figure][0]
-        print(f"{figure:24}{a:>14{form}}{b:>30{form}}")
-        if more is not None and (a > b or a < b):  # neither with nan
-            ahead["our CNN" if (a > b) == more else name].append(figure)
-    print("\naccuracy of each class")
-    for label, a, b in zip(CLASSES, classes, their_classes):
-        print(f"{label:24}{a:>14.2%}{b:>30.2%}")
-    sides = [
-        f"{who} is ahead on {', '.join(what) or 'nothing'}"
-        for who, what in ahead.items()
-    ]
-    print(f"\n{'; '.join(sides)}.")
+    of_classes = table.diagonal() / table.sum(1).clamp(min=1)
+    return figures | {x: f"{y:.2%}" for x, y in zip(CLASSES, of_classes.tolist())}
 
 
 def main():
-    parser = command_line(__doc__)
+    parser = dataset.command_line(__doc__)
     add = parser.add_argument
     file = "ResNet18's checkpoint (default: resnet18_cifar.pth)"
     add("--resnet-checkpoint", metavar="FILE", help=file)
@@ -135,23 +75,34 @@ def main():
     add("--plot", metavar="FILE", help="draw both histories (needs matplotlib)")
     args = parse_options(parser)
     if args.plot:
-        check_matplotlib("--plot")
+        evaluation.check_matplotlib("--plot")
     default = "resnet18_small_stem" if args.small_stem else "resnet18_cifar"
     default += "_synthetic" if args.synthetic else ""
-    resnet_path = Path(args.resnet_checkpoint or f"{default}.pth")
-    path, device = args.checkpoint, pick_device(args.device)
+    path, device = args.checkpoint, dataset.pick_device(args.device)
+    resnet_path = dataset.file_path(args.resnet_checkpoint or f"{default}.pth")
     cnn, checkpoint = load_cnn(path)
-    check_kind(checkpoint, args.synthetic, path)
+    evaluation.check_kind(checkpoint, args.synthetic, path)
     train_data, test_data = cifar_dataset(args.data, args.synthetic)
-    resnet, resnet_checkpoint = train_resnet(args, train_data, resnet_path, device)
+    name = "ResNet18 with the small stem" if args.small_stem else "ResNet18"
+    settings = {"model": name, **settings_of(args, train_data)}
+    resume = args.resume
+    if resnet_path.exists():
+        found = load_checkpoint(resnet_path)
+        resume = resume or found["epoch"] + 1 == found["settings"].get("epochs")
+    torch.manual_seed(args.seed)
+    resnet = make_resnet(args.small_stem)
+    check_room(resnet, resnet_path, resume)
+    trained = fit(resnet, train_data, settings, resnet_path, resume, device)
     ours = measure(cnn, checkpoint, path, test_data, device)
-    name = resnet_checkpoint["settings"]["model"]
-    theirs = measure(resnet, resnet_checkpoint, resnet_path, test_data, device)
-    compare(ours, theirs, name)
+    theirs = measure(resnet, trained, resnet_path, test_data, device)
+    print(f"\n{'':24}{'our CNN':>14}{name:>30}")
+    for figure, value in ours.items():
+        print(f"{figure:24}{value:>14}{theirs[figure]:>30}")
     if args.plot:
-        both = {"our CNN": checkpoint["history"], name: resnet_checkpoint["history"]}
-        draw_curves(both, args.plot)
+        evaluation.draw_curves(
+            {"our CNN": checkpoint["history"], name: trained["history"]}, args.plot
+        )
 
 
 if __name__ == "__main__":
-    run(main, STOPPED)
+    dataset.run(main, STOPPED)

@@ -6,22 +6,25 @@
 A data set holds its images as one uint8 tensor. `DataLoader` asks it for a whole batch
 at once (`__getitems__`), so that a batch is gathered, augmented and normalised in a few
 tensor operations instead of image by image. At the end stands what the command lines of
-all scripts share: `fail`, `command_line` and `run`.
+all scripts share: errors in one line, the device, the options.
 """
 
 from __future__ import annotations  # for Python 3.9, which macOS brings along
 
 import argparse
 import errno
-import gzip
+import hashlib
 import http.client
 import os
+import pickle
+import re
 import socket
 import sys
 import tarfile
-import tempfile
+import time
+import uuid
 import warnings
-import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,10 +54,9 @@ MIRRORS = (
 )
 ARCHIVES = (".tar", ".gz", ".tgz")  # not a half download's .part or .crdownload
 STALL = 30  # s without a byte: then the next mirror is tried
-LEFT_BY_SYSTEMS = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # Windows, OneDrive, macOS
-# Forms of the data that are not read, so that nobody wonders why it is downloaded.
-OTHER_FORMS = ("cifar-10-b*-bin", "cifar-10-binary*", "cifar-10-*mat*", "cifar-100*")
-OTHER_FORMS += ("*.parquet", "*.npz", "trainLabels.csv")  # Hugging Face, Keras, Kaggle
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # not what a system leaves: Thumbs.db, ...
+CHECKPOINTS = {False: "cifar_cnn.pth", True: "synthetic.pth"}  # --synthetic or not
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a quota that is used up
 
 
 class ImageDataset(Dataset):
@@ -65,11 +67,15 @@ class ImageDataset(Dataset):
     once the training loop calls `set_epoch`, mirrored in every other epoch instead.
     """
 
-    def __init__(self, images: torch.Tensor, labels, augment: bool = False):
-        self.images, self.labels = images, torch.as_tensor(labels)
-        self.augment = augment
+    def __init__(self, images, labels, augment: bool = False):
+        self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels)
         self.mirrored = None  # N bools, or None: at random
-        self.size = images.shape[-1]  # px
+        self.size = self.images.shape[-1]  # px
+        self.shifted = None  # where it augments: a view of each image in all shifts
+        if augment:
+            edges = [(0, 0), (0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)]
+            padded = torch.from_numpy(np.pad(self.images, edges, mode="reflect"))
+            self.shifted = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
 
     def set_epoch(self, epoch: int, size: int, seed: int):
         """Read from now on as in `epoch` (from 0): in `size` px, mirrored in turn.
@@ -91,16 +97,20 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, indices: list[int]):
         """The samples of a whole batch; see torch.utils.data.Dataset."""
-        images = self.images[indices]
-        if self.augment:
-            if self.mirrored is None:
-                mirror = torch.rand(len(images)) < 0.5
-            else:
-                mirror = self.mirrored[indices]
-            images = mirror_and_shift(images, mirror)
+        images = self.images[indices] if self.shifted is None else self.augment(indices)
         images = resize(normalize(images), [self.size, self.size])
         # DataLoader's collate wants samples; it stacks them into one batch again.
         return list(zip(images, self.labels[indices].tolist()))
+
+    def augment(self, indices: list[int]) -> torch.Tensor:
+        if self.mirrored is None:
+            mirror = torch.rand(len(indices)) < 0.5
+        else:
+            mirror = self.mirrored[indices]
+        down, right = torch.randint(2 * SHIFT + 1, (2, len(indices)))
+        right = torch.where(mirror, 2 * SHIFT - right, right)  # mirrored, then shifted
+        images = self.shifted[indices, :, down, right]
+        return torch.where(mirror.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -108,56 +118,94 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return (images.float() - MEAN) / STD
 
 
-def mirror_and_shift(images: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
-    """Augment (N, 3, 32, 32): mirror those of `mirror`, N bools; shift each at random.
-
-    Mirroring, and shifting over reflected edges, are a choice of rows and columns:
-    one gather does both for the whole batch. |x| reflects at the first pixel (-1 becomes
-    1), and last - |last - x| at the last (32 becomes 30).
-    """
-    count, last = len(images), images.shape[-1] - 1
-    shift = torch.randint(-SHIFT, SHIFT + 1, (2, count, 1))
-    rows, columns = last - (last - (torch.arange(last + 1) + shift).abs()).abs()
-    columns = torch.where(mirror.view(-1, 1), last - columns, columns)
-    number = torch.arange(count).view(-1, 1, 1)
-    moved = images[number, :, rows[:, :, None], columns[:, None, :]]  # (N, 32, 32, 3)
-    return moved.permute(0, 3, 1, 2)
-
-
-def cifar_dataset(
-    root="data", synthetic: bool = False
-) -> tuple[ImageDataset, ImageDataset]:
-    """Training data, which augments, and test data, which does not.
+def cifar_dataset(root="data", synthetic: bool = False, splits=("train", "test")):
+    """Training data, which augments, and test data, which does not: ImageDatasets.
 
     `root` is where the images are: the official archive or its unpacked folder (see
     `find_official`), or `train/<class>/*` and `test/<class>/*`; where it has none of
     them, the archive is downloaded into it. `synthetic` makes a few simple images
-    instead, the same ones every time. What cannot be used ends the script in one line.
+    instead, the same ones every time. A split that `splits` does not name need not be
+    there: it is None. What cannot be used ends the script in one line.
     """
     # A path that was copied may bring quotes along, and on Windows an invisible mark.
     root = Path(os.path.expanduser(str(root).strip(" \"'\u202a")))
-    try:
+    with usable(root, "name another by --data, or move it away and start again"):
         if synthetic:
-            splits = synthetic_images()
-        elif any(official := find_official(root)):
-            splits = read_official(*official)
-        elif classes := find_class_folders(root):
-            splits = [read_folder(classes / name) for name in ("train", "test")]
+            images = synthetic_images()
+        elif official := find_official(root):
+            images = read_official(official)
+        elif folder := find_class_folders(root):
+            images = {split: read_folder(folder / split) for split in splits}
         elif root.suffix in ARCHIVES and not root.exists():
-            fail(f"there is no {root.absolute()}: correct --data")
+            raise FileNotFoundError("there is no such file")
         else:
-            for other in [path for form in OTHER_FORMS for path in root.glob(form)]:
-                print(f"{other} is not CIFAR-10's Python version, so it is not used")
-            splits = read_official([], [download(root)])
-    except BrokenPipeError:  # of our own output; see `run`
-        raise
-    except OSError as error:
-        fail(f"the images in {root}/ cannot be used: {error}")
-    train, test = [(torch.from_numpy(x).permute(0, 3, 1, 2), y) for x, y in splits]
-    return ImageDataset(*train, augment=True), ImageDataset(*test)
+            images = read_official([download(root)])
+    train = ImageDataset(*images["train"], augment=True) if "train" in splits else None
+    test = ImageDataset(*images["test"]) if "test" in splits else None
+    return train, test
 
 
-# Where the images come from.
+# Where the images come from. Each of these gives uint8 (N, 3, 32, 32) and N labels.
+
+
+def find_official(root: Path) -> list[Path]:
+    """Folders `cifar-10-batches-py` and archives of it: `root`, or in it or near.
+
+    Near is what a person's tools leave: 7-Zip's folder around it, Safari's
+    `cifar-10-python.tar`, a browser's second `cifar-10-python (1).tar.gz`.
+    """
+    if root.is_file() or root.absolute().name == CIFAR10.base_folder:
+        return [root]
+    nearby = ["", "*/", "*/*/"]
+    folders = [x for near in nearby for x in root.glob(near + CIFAR10.base_folder)]
+    files = [x for near in nearby for x in root.glob(f"{near}cifar-10-python*")]
+    archives = [x for x in files if x.suffix in ARCHIVES and x.is_file()]
+    return [folder for folder in folders if folder.is_dir()] + sorted(archives)
+
+
+def read_official(places: list[Path]) -> dict:
+    """The images of the first of these folders and archives that is whole."""
+    reasons = []
+    for place in places:
+        try:
+            return read_batches(place)
+        except Exception as error:  # noqa: BLE001 - half a file raises a dozen kinds
+            reasons.append(f"{place}: {what_it_is(place)}: {in_words(error)[:80]}")
+    raise ValueError("; ".join(reasons))
+
+
+def read_batches(place: Path) -> dict:
+    """The official images of a folder or an archive, which is read where it lies.
+
+    Nothing is unpacked, so no link or path in a tar leads anywhere. Unpickling can run
+    code, so the md5 that torchvision records comes first.
+    """
+    lists = {"train": CIFAR10.train_list, "test": CIFAR10.test_list}
+    names = [name for entries in lists.values() for name, _ in entries]
+    if place.is_dir():
+        files = {name: (place / name).read_bytes() for name in names}
+    else:
+        with tarfile.open(place) as tar:
+            found = [(Path(x.name).name, x) for x in tar if x.isfile()]
+            files = {x: tar.extractfile(y).read() for x, y in found if x in names}
+    images = {}
+    for split, entries in lists.items():
+        for name, md5 in entries:
+            if hashlib.md5(files[name], usedforsecurity=False).hexdigest() != md5:
+                raise ValueError(f"{name} is altered (wrong md5)")
+        batches = [pickle.loads(files[name], encoding="latin1") for name, _ in entries]
+        pixels = np.concatenate([batch["data"] for batch in batches])
+        labels = [label for batch in batches for label in batch["labels"]]
+        images[split] = pixels.reshape(-1, 3, 32, 32), labels
+    return images
+
+
+def what_it_is(place: Path) -> str:
+    """The size and first bytes of a file tell what it is: a web page, half a file, ..."""
+    if place.is_dir():
+        return "a folder"
+    with open(place, "rb") as file:
+        return f"{place.stat().st_size:,} bytes that begin with {file.read(16)}"
 
 
 def download(root: Path) -> Path:
@@ -165,144 +213,70 @@ def download(root: Path) -> Path:
     socket.setdefaulttimeout(STALL)  # torch.hub would wait for ever
     root.mkdir(parents=True, exist_ok=True)
     archive = root / CIFAR10.filename
-    part = root / f"{CIFAR10.filename}.part"  # never named as if it were whole
-    for left_behind in root.glob(f"{part.name}*"):  # by a killed run
-        left_behind.unlink()
-    reasons = []
+    # Never named as if it were whole, nor as another process names its own.
+    part = root / f"{CIFAR10.filename}.{uuid.uuid4().hex[:8]}.part"
+    for left_behind in root.glob(f"{CIFAR10.filename}.*part*"):  # by a killed run
+        if time.time() - left_behind.stat().st_mtime > 10 * STALL:  # it grows no more
+            left_behind.unlink()
     for url in MIRRORS:
         print(f"Downloading {url} into {root}/")
         try:
-            torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, part, progress=on_terminal())
             if check_integrity(part, CIFAR10.tgz_md5):
                 os.replace(part, archive)
                 return archive
-            size = f"{part.stat().st_size:,} bytes"
-            reasons.append(f"{what_it_is(part)} (wrong md5), {size}")
+            print(f"  failed: cut off or altered (wrong md5): {what_it_is(part)}")
         except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
+            if getattr(error, "errno", None) in NO_ROOM:
                 raise  # a full disk is no fault of the mirror's
-            reasons.append(str(error))
+            print(f"  failed: {error}")
         finally:
             part.unlink(missing_ok=True)
-        print(f"  failed: {reasons[-1]}")
-    ways_out = (
-        f"put {CIFAR10.filename} into {root}/, or name the file or its folder with "
-        "--data, or try synthetic images: python train.py --synthetic"
-    )
-    if all("CERTIFICATE_VERIFY_FAILED" in reason for reason in reasons):
-        ways_out = (
-            "no certificate could be checked. On a Mac with Python from python.org run "
-            "'Install Certificates.command'; behind a proxy of a company or a university "
-            f"set SSL_CERT_FILE to its certificate. Or {ways_out}"
-        )
-    fail(f"no mirror has CIFAR-10 now: {ways_out}")
-
-
-def what_it_is(file: Path) -> str:
-    """What a file that is not the one it should be is instead, by its first bytes."""
-    with open(file, "rb") as opened:
-        start = opened.read(40).lstrip()
-    if start.startswith(b"<"):
-        return "a web page"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer: git lfs pull brings the file"
-    return "cut off or altered" if start else "empty"
-
-
-def find_official(root: Path) -> tuple[list[Path], list[Path]]:
-    """Folders that hold `cifar-10-batches-py/`, and archives of it, in `root` or near.
-
-    Near is what a person's tools leave: 7-Zip's folder around it, Safari's
-    `cifar-10-python.tar`, a browser's second `cifar-10-python (1).tar.gz`; or `root`
-    is the folder or the archive itself.
-    """
-    if root.is_file():
-        return [], [root]
-    if root.absolute().name == CIFAR10.base_folder:
-        return [root.absolute().parent], []
-    nearby = ["", "*/", "*/*/"]
-    batches = [x for near in nearby for x in root.glob(near + CIFAR10.base_folder)]
-    files = [x for near in nearby for x in root.glob(f"{near}cifar-10-python*")]
-    archives = [x for x in files if x.suffix in ARCHIVES and x.is_file()]
-    return [folder.parent for folder in batches if folder.is_dir()], sorted(archives)
-
-
-def unpack(archive: Path, root: Path):
-    """Unpack the official files into `root`/cifar-10-batches-py/.
-
-    Only plain files of the known names are written, so that no link and no path in a
-    tar leads out of that folder; `read_batches` checks their md5.
-    """
-    names = [CIFAR10.meta["filename"]]
-    names += [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
-    folder = root / CIFAR10.base_folder
-    print(f"Unpacking {archive} into {folder}/")
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                name = Path(member.name).name
-                if member.isfile() and name in names:
-                    folder.mkdir(exist_ok=True)
-                    (folder / name).unlink(missing_ok=True)  # a link is not followed
-                    (folder / name).write_bytes(tar.extractfile(member).read())
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile):
-        pass  # cut off or no tar: what is missing, `read_batches` finds
-
-
-def read_batches(folder: Path):
-    """The official images in `folder`, or None if their md5 is wrong.
-
-    torchvision checks it before it unpickles them.
-    """
-    try:
-        splits = [CIFAR10(folder, train) for train in (True, False)]
-    except RuntimeError:
-        return None
-    return [(split.data, split.targets) for split in splits]
-
-
-def read_official(folders: list[Path], archives: list[Path]):
-    """The images of the first of these that is whole; what is unpacked comes first."""
-    for folder in folders:
-        if splits := read_batches(folder):
-            return splits
-    for archive in archives:
-        with tempfile.TemporaryDirectory() as temporary:  # for Kaggle's read-only input
-            writable = os.access(archive.parent, os.W_OK)
-            folder = archive.parent if writable else Path(temporary)
-            unpack(archive, folder)
-            if splits := read_batches(folder):
-                return splits
-    damaged = [f"{folder / CIFAR10.base_folder}/: altered" for folder in folders]
-    damaged += [f"{archive}: {what_it_is(archive)}" for archive in archives]
-    damaged = "; ".join(damaged)
     fail(
-        f"{damaged} (wrong md5). Name another by --data, or move it away and start again"
+        f"no mirror has CIFAR-10 now: put {CIFAR10.filename} into {root}/, or name the "
+        "file or its folder with --data, or try synthetic images: "
+        "python train.py --synthetic"
     )
 
 
 def find_class_folders(root: Path) -> Path | None:
-    """The folder of `train/` and `test/`: `root`, one in it, or the one around it."""
-    folders = [root, *sorted(root.glob("*/"))]
-    if root.name in ("train", "test"):
-        folders.insert(0, root.absolute().parent)
-    for folder in folders:
-        if (folder / "train").is_dir() or (folder / "test").is_dir():
+    """The folder of `train/` and `test/`: `root`, one in it, or the one around it.
+
+    Another data set's `train/` is passed over: it lacks most of the ten classes.
+    """
+    around = [root.absolute().parent] if root.name in ("train", "test") else []
+    for folder in [*around, root, *sorted(root.glob("*/"))]:
+        found = [x for split in ("train", "test") for x in folder.glob(f"{split}/*/")]
+        if len({x.name.lower() for x in found} & {*CLASSES}) > len(CLASSES) / 2:
             return folder
     return None
 
 
 def read_folder(folder: Path):
     """Images in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
-    # Not .DS_Store, .ipynb_checkpoints and what else a system leaves.
-    found = sorted(folder.glob("[!.]*/[!.]*"))
-    files = [path for path in found if not LEFT_BY_SYSTEMS & {*path.parts[-2:]}]
+    files = [
+        path
+        for path in sorted(folder.glob("[!.]*/[!.]*"))
+        if path.suffix.lower() in IMAGES and path.parent.name.lower() in CLASSES
+    ]
     names = [path.parent.name.lower() for path in files]
-    if unlike := sorted(set(names) ^ set(CLASSES)):
-        fail(f"{folder}/ must hold the ten classes; missing or unknown: {unlike}")
+    if missing := {*CLASSES} - {*names}:
+        raise ValueError(f"{folder} has no images of {', '.join(sorted(missing))}")
     print(f"Reading {len(files):,} images in {folder}/")
     images = [np.asarray(read_image(path, (32, 32))) for path in files]
-    return np.stack(images), [CLASSES.index(name) for name in names]
+    return np.stack(images).transpose(0, 3, 1, 2), [CLASSES.index(x) for x in names]
+
+
+def synthetic_images() -> dict:
+    """5,000 + 1,000 images of ten easy kinds: a soft pattern each, under noise."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.rand(10, 3, 4, 4, generator=generator)
+    patterns = F.interpolate(patterns, size=32, mode="bilinear").permute(0, 2, 3, 1)
+    labels = torch.arange(6000) % 10
+    noise = torch.rand(6000, 32, 32, 3, generator=generator)
+    images = (255 * (patterns[labels] + 5 * noise) / 6).byte().permute(0, 3, 1, 2)
+    parts = {"train": slice(5000), "test": slice(5000, None)}
+    return {split: (images[part], labels[part]) for split, part in parts.items()}
 
 
 # Pillow refuses twice this number; a phone's photo may have 200 million pixels. And what
@@ -312,49 +286,26 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes
 
 
 def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
-    """An image file in RGB, as a viewer shows it; any size but `size` is refused."""
-    if not Path(path).is_file():  # a pipe would be waited for
-        fail(f"{path} is not a usable image (it is not a file): choose another")
-    try:
+    """An image file in RGB, as a viewer shows it; any size but `size` is refused.
+
+    Turned as its EXIF says, transparency on white, 16 bits scaled to 8: Pillow alone
+    would show the colours under the transparency, and cut 16 bits off at 255.
+    """
+    with usable(path, "save it as JPEG or PNG, or choose another"):
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise ValueError("it is not a file")
         with Image.open(path) as image:
             if size and image.size != size:  # before it is decoded
                 raise ValueError(f"its size is {image.size}, not {size}")
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
-        with open(path, "rb") as file:
-            heic = file.read(12)[4:8] == b"ftyp"  # as ISO 14496-12 begins its files
-        reason = "it is HEIC, as iPhones make: save it as JPEG" if heic else error
-        fail(f"{path} is not a usable image ({reason}): choose another or repair it")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, transparent pixels on white, 16 bits scaled to 8.
-
-    Pillow alone would show the colours under the transparency, and cut 16 bits off at
-    255.
-    """
-    if image.mode == "F":
-        raise ValueError("its pixels are fractions: save it as JPEG or PNG")
-    if image.mode.startswith("I"):  # I;16, or I in older versions of Pillow
-        pixels = np.asarray(image)
-        if pixels.max() > 65535 or pixels.min() < 0:
-            raise ValueError("its pixels have 32 bits: save it as JPEG or PNG")
-        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # I;16, or I in older versions of Pillow
+            pixels = np.asarray(image)
+            if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError("its pixels are neither of 8 nor of 16 bits")
+            image = Image.fromarray((pixels >> 8).astype(np.uint8))
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def synthetic_images():
-    """5,000 + 1,000 images of ten easy kinds: a soft pattern each, under noise."""
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.rand(10, 3, 4, 4, generator=generator)
-    patterns = F.interpolate(patterns, size=32, mode="bilinear").permute(0, 2, 3, 1)
-    labels = torch.arange(6000) % 10
-    noise = torch.rand(6000, 32, 32, 3, generator=generator)
-    images = (255 * (patterns[labels] + 5 * noise) / 6).byte().numpy()
-    return [(images[:5000], labels[:5000]), (images[5000:], labels[5000:])]
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
 
 
 # What the command lines of all scripts share.
@@ -362,8 +313,52 @@ def synthetic_images():
 
 def fail(message) -> NoReturn:
     """End as every user's mistake ends: one line on stderr, status 2, no traceback."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    print("error:", re.sub(r"[ \t\r\n]+", " ", str(message)), file=sys.stderr)
     raise SystemExit(2)
+
+
+def in_words(error: Exception) -> str:
+    """The first words of an error, for one line of ours."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"no {words}" if isinstance(error, KeyError) else words[:300]
+
+
+@contextmanager
+def usable(path, way_out: str):
+    """Around all that reads or writes somebody's file: what fails ends in one line.
+
+    `error: PATH cannot be used (REASON): WAY OUT`. Who finds a fault of his own in the
+    file raises ValueError(REASON).
+    """
+    try:
+        yield
+    except BrokenPipeError:  # of our own output; see `run`
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
+        fail(f"{path} cannot be used ({in_words(error)}): {way_out}")
+
+
+def on_terminal():
+    """Is a progress bar of use? (pythonw has no stderr; IDLE's only claims to be one.)"""
+    return sys.stderr and sys.stderr is sys.__stderr__ and sys.stderr.isatty()
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; without one CUDA's where it works, or else the CPU.
+
+    Never Apple's by itself: many versions of torch compute wrong gradients there for
+    channels_last (github.com/pytorch/pytorch/issues/175189), and the CPU is fast enough.
+    """
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name or best)
+        (torch.ones(1, device=device) + 1).item()  # does it really compute?
+        return device
+    except (RuntimeError, AssertionError):
+        if name:
+            fail(f"no device {name} here: try --device cpu")
+        print("the GPU does not work with this version of PyTorch: the CPU is used")
+        return torch.device("cpu")
 
 
 def command_line(description: str) -> argparse.ArgumentParser:
@@ -380,7 +375,7 @@ def command_line(description: str) -> argparse.ArgumentParser:
     add("--data", default="data", metavar="DIR", help=f"{data} (default: %(default)s)")
     add("--synthetic", action="store_true", help="try it on simple images, no download")
     own = "default: cifar_cnn.pth, with --synthetic synthetic.pth"
-    add("--checkpoint", type=Path, metavar="FILE", help=f"our trained network ({own})")
+    add("--checkpoint", metavar="FILE", help=f"our trained network ({own})")
     default = "default: cuda where it works, or else cpu"
     add("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps, ... ({default})")
     return parser
@@ -389,9 +384,14 @@ def command_line(description: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options; trying on synthetic images never touches the checkpoint handed in."""
     args = parser.parse_args()
-    default = "synthetic.pth" if args.synthetic else "cifar_cnn.pth"
-    args.checkpoint = args.checkpoint or Path(default)
+    args.checkpoint = file_path(args.checkpoint or CHECKPOINTS[args.synthetic])
     return args
+
+
+def file_path(name) -> Path:
+    """The file of that name, or the one that it links to: a link is not replaced."""
+    path = Path(name)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def usage_error(message: str) -> NoReturn:
@@ -417,11 +417,7 @@ def run(main, stopped: str = "stopped"):
         fail(error)
     except (MemoryError, RuntimeError) as error:
         # A GPU's memory has an error of its own, the CPU's on Linux and Windows none.
-        full = ("can't allocate memory", "not enough memory", "out of memory")
-        memory = isinstance(error, MemoryError) or any(x in str(error) for x in full)
-        if not memory:
+        full = r"(can't allocate|not enough|out of) memory"
+        if not (isinstance(error, MemoryError) or re.search(full, str(error))):
             raise
-        fail(
-            "there is not enough memory: close other programs, or train with a smaller "
-            "--batch-size or --width"
-        )
+        fail("not enough memory: close programs or lower --batch-size or --width")

@@ -8,42 +8,35 @@ Measured: 90.0 % of the test images right (mean of three seeds) after three minu
 two cores. The test images are not used here: that is what evaluation.py is for.
 """
 
+from __future__ import annotations  # for Python 3.9, which macOS brings along
+
 import argparse
+import errno
+import io
+import itertools
+import os
+import shlex
+import subprocess
 import sys
 import time
+import uuid
 import zlib
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import nn
-from torch.hub import tqdm  # the progress bar, without one more package
 from torch.optim import SGD, Adagrad, Adam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from dataset import (
-    ImageDataset,
-    cifar_dataset,
-    command_line,
-    fail,
-    normalize,
-    parse,
-    run,
-)
-from model import (
-    CNN,
-    MAX_WIDTH,
-    WIDTH,
-    free_name,
-    load_checkpoint,
-    load_weights,
-    pick_device,
-    save_checkpoint,
-    try_to_write,
-    unusable,
-)
+import dataset
+from dataset import ImageDataset, cifar_dataset, fail, normalize, usable
+from evaluation import CHOOSE, MAX_WIDTH, load_checkpoint, load_weights
+from model import CNN, WIDTH
 
 EPOCHS = 13  # about as long as the lecture's 20 epochs of a small network take
 BATCH_SIZE = 128  # images a step; 64 takes longer and is no better
@@ -57,34 +50,126 @@ WARM_UP = 0.15  # share of the steps in which the learning rate rises
 # bfloat16 where the processor has instructions for it (AMD since Zen 4, Intel's servers):
 # it takes a third less time. Elsewhere, or where an older torch cannot tell, float32.
 FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-STOPPED = (
-    "stopped: the same command with --resume goes on after the last epoch that it saved "
-    "(if it saved none, start it again)"
-)
+STOPPED = "stopped: add --resume to go on after the last saved epoch, if there is one"
+MAKE_ROOM = "name another file by --checkpoint, or make room"
 WEIGHT_DECAY = 5e-4  # against overfitting; the usual value for CIFAR-10
-
-
-class Choice(NamedTuple):
-    """An optimizer that --optimizer offers."""
-
-    make: type[torch.optim.Optimizer]
-    lr: float  # the peak of the learning rate
-    kept: int  # numbers that it keeps of each weight: they are in the checkpoint, too
-    options: dict
-
-
 # The lecture's five. Each one's rate and weight decay (0, a tenth of WEIGHT_DECAY, or all
 # of it) gave the lowest loss on held-out training images after four epochs; momentum's
-# 0.3 tied with 0.1.
+# 0.3 tied with 0.1. `lr` is the peak of the learning rate.
 OPTIMIZERS = {
-    "sgd": Choice(SGD, 1.0, 0, {"weight_decay": WEIGHT_DECAY}),
-    "momentum": Choice(
-        SGD, 0.3, 1, {"weight_decay": WEIGHT_DECAY, "momentum": 0.9, "nesterov": True}
+    "sgd": partial(SGD, lr=1.0, weight_decay=WEIGHT_DECAY),
+    "momentum": partial(
+        SGD, lr=0.3, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY
     ),
-    "adagrad": Choice(Adagrad, 0.1, 1, {"weight_decay": WEIGHT_DECAY}),
-    "rmsprop": Choice(RMSprop, 0.005, 1, {}),
-    "adam": Choice(Adam, 0.02, 2, {"weight_decay": WEIGHT_DECAY / 10}),
+    "adagrad": partial(Adagrad, lr=0.1, weight_decay=WEIGHT_DECAY),
+    "rmsprop": partial(RMSprop, lr=0.005),
+    "adam": partial(Adam, lr=0.02, weight_decay=WEIGHT_DECAY / 10),
 }
+
+
+def train_epoch(model, loader, optimizer, scheduler, device):
+    """One pass over the loader's images.
+
+    Returns a row of the history (mean loss, accuracy from 0 to 1, learning rate at the
+    end, seconds), and the loss of each image that it saw, float32, in their order.
+    """
+    model.train()
+    start = time.perf_counter()
+    correct, losses = 0, []
+    for images, labels in progress(loader):
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=FAST_BFLOAT16):
+            logits = model(images).float()
+        loss = CRITERION(logits, labels)
+        loss.mean().backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.detach().cpu())
+        correct += (logits.argmax(1) == labels).sum().item()
+    losses = torch.cat(losses)
+    row = {
+        "loss": losses.mean().item(),
+        "accuracy": correct / len(losses),
+        "learning_rate": scheduler.get_last_lr()[0],
+        "seconds": time.perf_counter() - start,
+    }
+    return row, losses
+
+
+def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, device):
+    """Train `model` as `settings` say; write the checkpoint `path` after each epoch.
+
+    With `resume` it goes on after the last finished epoch and ends, on a CPU, with the
+    same bits as without the break: the random numbers of an epoch follow from seed and
+    epoch alone, and the checkpoint holds all else that the next epoch depends on.
+    Returns the last checkpoint.
+    """
+    seed, batch_size = settings["seed"], settings["batch_size"]
+    schedule = plan(settings["epochs"], batch_size, len(train_data))
+    make_optimizer = OPTIMIZERS[settings["optimizer"]]
+    optimizer = make_optimizer(model.to(device).parameters(), lr=settings["lr"])
+    if resume:
+        checkpoint = restore(path, model, optimizer, settings)
+    else:
+        checkpoint = start_anew(path, len(train_data))
+    history, image_losses = checkpoint["history"], checkpoint["image_losses"]
+    written = path.read_bytes() if path.exists() else None  # what it may replace
+    scheduler = make_scheduler(optimizer, schedule, batch_size, len(history))
+    for epoch in range(len(history), len(schedule)):
+        torch.manual_seed(1000 * seed + epoch)
+        count, size = schedule[epoch]
+        train_data.set_epoch(epoch, size, seed)
+        chosen = choose(image_losses, count)
+        # drop_last: what batch norm finds in a last batch of a few images is noise.
+        loader = DataLoader(train_data, batch_size, sampler=chosen, drop_last=True)
+        freeze_first_layer(model, epoch)
+        row, losses = train_epoch(model, loader, optimizer, scheduler, device)
+        numbers = [losses, *model.state_dict().values()]
+        if not all(tensor.isfinite().all() for tensor in numbers):
+            fail("the loss is not a finite number any more: choose a smaller --lr")
+        image_losses[chosen[: len(losses)]] = losses  # drop_last left the end out
+        history.append(row)
+        checkpoint = {
+            "epoch": epoch,
+            "model_state_dict": model.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "loss": row["loss"],
+            "settings": settings,
+            "history": history,
+            "image_losses": image_losses,
+        }
+        written = save_checkpoint(checkpoint, path, written)
+        print_epoch(history, schedule)
+    return checkpoint
+
+
+def progress(loader: DataLoader):
+    """The loader's batches; on a terminal with a bar, which erases itself."""
+    shown = dataset.on_terminal()
+    for number, batch in enumerate(loader):
+        if shown:
+            bar = f"\r[{'#' * (40 * number // len(loader)):40}] {number}/{len(loader)}"
+            print(bar, end="", file=sys.stderr, flush=True)
+        yield batch
+    if shown:
+        print(f"\r{'':60}\r", end="", file=sys.stderr, flush=True)
+
+
+def print_epoch(history: list[dict], schedule: list[tuple[int, int]]):
+    """The line of the epoch that has just been saved."""
+    done, row = len(history), history[-1]
+    pixels = [count * size**2 for count, size in schedule]  # they take the time
+    spent = sum(past["seconds"] for past in history)
+    left = spent * sum(pixels[done:]) / sum(pixels[:done])
+    print(
+        f"Epoch: {done}/{len(schedule)}, Loss: {row['loss']:.4f}, "
+        f"Accuracy: {row['accuracy']:.2%}, Learning rate: {row['learning_rate']:.4f}, "
+        f"{row['seconds']:.0f} s, {left:.0f} s left"
+    )
+
+
+# The recipe's plan: which images, in which size, at which learning rate.
 
 
 def plan(epochs: int, batch_size: int, images: int) -> list[tuple[int, int]]:
@@ -113,52 +198,22 @@ def choose(losses: torch.Tensor, count: int) -> list[int]:
     return torch.cat([hard, others])[torch.randperm(count)].tolist()
 
 
-def make_optimizer(model: nn.Module, settings: dict) -> torch.optim.Optimizer:
-    choice = OPTIMIZERS[settings["optimizer"]]
-    return choice.make(model.parameters(), settings["lr"], **choice.options)
+def make_scheduler(optimizer, schedule, batch_size: int, done: int) -> LambdaLR:
+    """The learning rate of each step, from the first one after `done` epochs on.
 
-
-def learning_rate(step: int, steps: int) -> float:
-    """The learning rate of a step (from 0) as a share of its peak: up, then down.
-
-    Large first steps, from random weights, can make the loss explode; towards 0 the
-    weights settle. It is the linear form of torch's OneCycleLR, as a function of the
-    step alone, so that a checkpoint need not hold a schedule.
+    It rises, then falls: large first steps, from random weights, can make the loss
+    explode; towards 0 the weights settle. It is the linear form of torch's OneCycleLR as
+    a function of the step alone, so that a checkpoint need not hold a schedule.
     """
-    turn = max(WARM_UP * (steps + 1) - 1, 1e-3)
-    return float(np.interp(step, [0, turn, steps], [0.04, 1, 4e-6]))
+    steps = [count // batch_size for count, _ in schedule]
+    total = sum(steps)
+    turn = max(WARM_UP * (total + 1) - 1, 1e-3)
 
+    def share_of_peak(step: int) -> float:
+        return float(np.interp(step, [0, turn, total], [0.04, 1, 4e-6]))
 
-def train_epoch(model, loader, optimizer, scheduler, device):
-    """One pass over the loader's images.
-
-    Returns a row of the history (mean loss, accuracy from 0 to 1, learning rate at the
-    end, seconds), and the loss of each image that it saw, float32, in their order.
-    """
-    model.train()
-    start = time.perf_counter()
-    correct, losses = 0, []
-    with tqdm(total=len(loader), leave=False, disable=not sys.stderr.isatty()) as bar:
-        for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=FAST_BFLOAT16):
-                logits = model(images).float()
-            loss = CRITERION(logits, labels)
-            loss.mean().backward()
-            optimizer.step()
-            scheduler.step()
-            losses.append(loss.detach().cpu())
-            correct += (logits.argmax(1) == labels).sum().item()
-            bar.update(1)
-    losses = torch.cat(losses)
-    row = {
-        "loss": losses.mean().item(),
-        "accuracy": correct / len(losses),
-        "learning_rate": scheduler.get_last_lr()[0],
-        "seconds": time.perf_counter() - start,
-    }
-    return row, losses
+    # What LambdaLR calls an epoch is a step here.
+    return LambdaLR(optimizer, share_of_peak, last_epoch=sum(steps[:done]) - 1)
 
 
 def freeze_first_layer(model: nn.Module, epoch: int):
@@ -171,92 +226,126 @@ def freeze_first_layer(model: nn.Module, epoch: int):
         model.whitening.requires_grad_(False)
 
 
-def check_finite(model: nn.Module, losses: torch.Tensor):
-    numbers = [losses.mean(), *model.state_dict().values()]
-    if not all(tensor.isfinite().all() for tensor in numbers):
-        fail("the loss is not a finite number any more: choose a smaller --lr")
+# Writing a checkpoint, whole or not at all, and going on from it.
 
 
-def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, device):
-    """Train `model` as `settings` say; write the checkpoint `path` after each epoch.
+def save_checkpoint(checkpoint: dict, path: Path, before: bytes | None) -> bytes:
+    """Write a checkpoint over the file of the bytes `before`; return its own.
 
-    With `resume` it goes on after the last finished epoch and ends, on a CPU, with the
-    same bits as without the break: the random numbers of an epoch follow from seed and
-    epoch alone, and the checkpoint holds all else that the next epoch depends on.
+    The first epoch of a new run keeps what it replaces. Other bytes than `before` are
+    another run's: this run ends beside them, so that neither loses work.
     """
-    seed, batch_size = settings["seed"], settings["batch_size"]
-    schedule = plan(settings["epochs"], batch_size, len(train_data))
-    optimizer = make_optimizer(model.to(device), settings)
-    parts = {"model": model, "optimizer": optimizer}  # all that has a state of its own
-    history, image_losses = [], torch.zeros(len(train_data))
-    if resume:
-        history, image_losses = restore(path, parts, settings)
-    elif path.exists():
-        load_checkpoint(path)  # nothing else is replaced, such as a script or a photo
-        old = free_name(path)
+    buffer = io.BytesIO()  # torch.save itself would call a full disk a RuntimeError
+    torch.save(checkpoint, buffer)
+    with usable(path, MAKE_ROOM):
+        if path.exists() and path.read_bytes() != before:
+            others, own = load_checkpoint(path)["settings"], checkpoint["settings"]
+            unlike = [f"{x} {y}" for x, y in others.items() if own.get(x) != y]
+            run = f"another run ({', '.join(unlike) or 'of the same settings'})"
+            end_beside(path, buffer.getbuffer(), f"is written by {run}, too")
+        if checkpoint["epoch"] == 0 and path.exists():
+            write_whole(free_name(path, "old"), path.read_bytes())
+        write_whole(path, buffer.getbuffer())
+    return buffer.getvalue()
+
+
+def free_name(path: Path, word: str) -> Path:
+    """A file beside `path`: cifar_cnn.old.pth, or .old2.pth where that is taken."""
+    numbers = itertools.chain([""], itertools.count(2))
+    names = (f"{path.stem}.{word}{number}{path.suffix}" for number in numbers)
+    return next(path.with_name(x) for x in names if not path.with_name(x).exists())
+
+
+def end_beside(path: Path, content, why: str) -> NoReturn:
+    """Keep the epoch that cannot take the place of `path`, and end."""
+    new = free_name(path, "new")
+    new.write_bytes(content)
+    go_on = f"to go on add --resume --checkpoint {new}"
+    fail(f"{path} {why}. This run's last epoch is {new}: {go_on}")
+
+
+@contextmanager
+def part_of(path: Path):
+    """A new file beside `path` to write into; nothing of it stays behind.
+
+    (`tempfile` tries two thousand million names where a folder on Windows may not be
+    written: github.com/python/cpython/issues/66305.)
+    """
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")  # no other run's
+    try:
+        with open(part, "xb") as file:
+            yield file
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content):
+    """Write the file `path` whole or not at all: cut short, the old one stays.
+
+    Where another program holds the old file (on Windows a virus scanner or OneDrive),
+    it is tried again for 1.5 s.
+    """
+    with part_of(path) as file:
+        file.write(content)
+        file.flush()
+        try:
+            os.fsync(file.fileno())  # on the disk, before it takes the old one's name
+        except OSError as error:  # some network drives cannot say
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        file.close()
+        for wait in (0.1, 0.2, 0.4, 0.8):  # s
+            try:
+                return os.replace(file.name, path)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EBUSY):
+                    raise
+                time.sleep(wait)
+    end_beside(path, content, "is held by another program, or by Docker as a mount")
+
+
+def check_room(model: nn.Module, path: Path, resume: bool):
+    """Refuse a checkpoint that cannot be written before time is spent on it.
+
+    It holds three numbers of each weight at most: adam keeps two beside it. A new run
+    leaves two files, the old one's copy and its own; and the next epoch of any run is
+    written beside the last.
+    """
+    size = 3 * sum(weight.nbytes for weight in model.state_dict().values())
+    size += 2**20  # the losses of 50,000 images, the history, the names
+    with usable(path, MAKE_ROOM), part_of(path) as file:
+        file.write(bytes(size if resume else 2 * size))
+
+
+def start_anew(path: Path, images: int) -> dict:
+    """What a new run starts from; nothing is replaced but a checkpoint."""
+    if path.exists():
+        load_checkpoint(path)  # not a script or a photo
+        old = free_name(path, "old")
         print(f"{path} exists: the first epoch replaces it and keeps it as {old}")
-    steps = [count // batch_size for count, _ in schedule]
-    done = sum(steps[: len(history)])
-    # What LambdaLR calls an epoch is a step here.
-    scheduler = LambdaLR(
-        optimizer, lambda step: learning_rate(step, sum(steps)), last_epoch=done - 1
-    )
-    for epoch in range(len(history), len(schedule)):
-        torch.manual_seed(1000 * seed + epoch)
-        count, size = schedule[epoch]
-        train_data.set_epoch(epoch, size, seed)
-        chosen = choose(image_losses, count)
-        # drop_last: what batch norm finds in a last batch of a few images is noise.
-        loader = DataLoader(train_data, batch_size, sampler=chosen, drop_last=True)
-        freeze_first_layer(model, epoch)
-        row, losses = train_epoch(model, loader, optimizer, scheduler, device)
-        check_finite(model, losses)
-        image_losses[chosen[: len(losses)]] = losses  # drop_last left the end out
-        history.append(row)
-        checkpoint = {"epoch": epoch, "loss": row["loss"], "settings": settings}
-        checkpoint |= {"history": history, "image_losses": image_losses}
-        for name, part in parts.items():
-            checkpoint[f"{name}_state_dict"] = part.state_dict()
-        save_checkpoint(checkpoint, path)
-        print_epoch(history, schedule)
+    return {"history": [], "image_losses": torch.zeros(images)}
 
 
-def restore(path: Path, parts: dict, settings: dict) -> tuple[list, torch.Tensor]:
-    """Put all parts back as they were when the last finished epoch ended.
+def restore(path: Path, model, optimizer, settings: dict) -> dict:
+    """Put model and optimizer back as they were when the last finished epoch ended.
 
-    Returns the history and the images' losses. Other settings than the checkpoint's are
-    refused by name.
+    Returns the checkpoint. Other settings than its own are refused by name.
     """
     checkpoint = load_checkpoint(path)
-    if "image_losses" not in checkpoint:
-        unusable(path, "it is an older train.py's or the lecture's, so it cannot go on")
-    for name, value in settings.items():
-        if (was := checkpoint["settings"].get(name, "unknown")) != value:
-            fail(f"{path} has {name} {was}, not {value}: use that or another file")
-    for name, part in parts.items():
-        if isinstance(part, nn.Module):
-            load_weights(part, checkpoint, path, name)
-            continue
-        try:
-            part.load_state_dict(checkpoint[f"{name}_state_dict"])
-        except (AttributeError, KeyError, TypeError, ValueError):
-            unusable(path, f"the state of its {name} does not fit")
-    history = checkpoint["history"]
-    print(f"{path}: {len(history)} of {settings['epochs']} epochs are done")
-    return history, checkpoint["image_losses"]
+    with usable(path, CHOOSE):
+        if "image_losses" not in checkpoint:
+            raise ValueError("an older train.py's or the lecture's: it cannot go on")
+        for name, value in settings.items():
+            if (was := checkpoint["settings"].get(name, "unknown")) != value:
+                fail(f"{path} has {name} {was}, not {value}: use that or another file")
+        load_weights(model, checkpoint["model_state_dict"])
+        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+    done = len(checkpoint["history"])
+    print(f"{path}: {done} of {settings['epochs']} epochs are done")
+    return checkpoint
 
 
-def print_epoch(history: list[dict], schedule: list[tuple[int, int]]):
-    """The line of the epoch that has just been saved."""
-    done, row = len(history), history[-1]
-    pixels = [count * size**2 for count, size in schedule]  # they take the time
-    spent = sum(past["seconds"] for past in history)
-    left = spent * sum(pixels[done:]) / sum(pixels[:done])
-    print(
-        f"Epoch: {done}/{len(schedule)}, Loss: {row['loss']:.4f}, "
-        f"Accuracy: {row['accuracy']:.2%}, Learning rate: {row['learning_rate']:.4f}, "
-        f"{row['seconds']:.0f} s, {left:.0f} s left"
-    )
+# The command line.
 
 
 def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -270,26 +359,14 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     five = f"the lecture's five, each with its own --lr {default}"
     add("--optimizer", choices=OPTIMIZERS, default="momentum", help=five)
     add("--resume", action="store_true", help="go on after the last finished epoch")
-    args = parse(parser)
-    args.lr = OPTIMIZERS[args.optimizer].lr if args.lr is None else args.lr
+    args = dataset.parse(parser)
+    args.lr = OPTIMIZERS[args.optimizer].keywords["lr"] if args.lr is None else args.lr
     limits = {"epochs": (1, 10**6), "seed": (0, 2**32), "lr": (1e-9, 1000)}
     limits |= {"width": (1, MAX_WIDTH)}  # compare_resnet.py has none
     for name, (least, most) in limits.items():
         if name in args and not least <= getattr(args, name) <= most:
             fail(f"--{name} must be a number from {least} to {most:,}")
     return args
-
-
-def check_room(model: nn.Module, path: Path, args: argparse.Namespace):
-    """Refuse a checkpoint that cannot be written before time is spent on it.
-
-    A new run leaves two files, the old one's copy and its own; and the next epoch of
-    any run is written beside the last.
-    """
-    kept = OPTIMIZERS[args.optimizer].kept
-    size = (1 + kept) * sum(weight.nbytes for weight in model.state_dict().values())
-    size += 2**20  # the losses of 50,000 images, the history, the names
-    try_to_write(path, size if args.resume else 2 * size)
 
 
 def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:
@@ -300,23 +377,31 @@ def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:
     return settings | {"checksum of the images": checksum}
 
 
+def next_command(args: argparse.Namespace) -> str:
+    """How this run's checkpoint is evaluated, to be copied into any terminal."""
+    command = ["python", "evaluation.py", *["--synthetic"] * args.synthetic]
+    if args.data != "data":
+        command += ["--data", args.data]
+    if str(args.checkpoint) != dataset.CHECKPOINTS[args.synthetic]:
+        command += ["--checkpoint", str(args.checkpoint)]
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+
 def main():
-    parser = command_line(__doc__)
+    parser = dataset.command_line(__doc__)
     width = f"channels of the first block (default: {WIDTH})"
     parser.add_argument("--width", type=int, default=WIDTH, metavar="N", help=width)
     args = parse_options(parser)
-    path, device = args.checkpoint, pick_device(args.device)
+    path, device = args.checkpoint, dataset.pick_device(args.device)
     torch.manual_seed(args.seed)
     model = CNN(args.width)
-    check_room(model, path, args)
-    train_data, _ = cifar_dataset(args.data, args.synthetic)
+    check_room(model, path, args.resume)
+    train_data, _ = cifar_dataset(args.data, args.synthetic, ["train"])
     model.whiten(normalize(train_data.images[::25]))  # 2,000 images are plenty
-    settings = settings_of(args, train_data) | {"model": "CNN", "width": args.width}
+    settings = {"model": "CNN", "width": args.width, **settings_of(args, train_data)}
     fit(model, train_data, settings, path, args.resume, device)
-    images = "--synthetic" if args.synthetic else f'--data "{args.data}"'
-    command = f'python evaluation.py {images} --checkpoint "{path}"'
-    print(f"{path} is finished. Next: {command}")
+    print(f"{path} is finished. Next: {next_command(args)}")
 
 
 if __name__ == "__main__":
-    run(main, STOPPED)
+    dataset.run(main, STOPPED)

@@ -10,12 +10,17 @@ import pytest
 # threads wait for each other for ages when the machine is busy. Before torch is loaded.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONUNBUFFERED", None)  # or lines would come at once in any case
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same bits are promised on a CPU alone
+os.environ["no_proxy"] = "*"  # the tests' server is on this machine
 sys.path.insert(0, str(Path(__file__).parents[1]))  # plain `pytest` finds them, too
 
 import torch
 
 import train
 from dataset import run
+
+if Path(train.__file__).parent != Path(__file__).parents[1]:
+    pytest.exit(f"start pytest in {Path(__file__).parents[1]} alone", returncode=2)
 
 # Runs that are to be small: 20 steps in a whole epoch and a narrow network.
 SMALL = ["--synthetic", "--width", "4", "--batch-size", "250", "--epochs", "3"]

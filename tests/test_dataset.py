@@ -8,13 +8,11 @@ import io
 import os
 import pickle
 import shutil
-import ssl
 import tarfile
 import threading
 import time
 from functools import partial
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -129,12 +127,10 @@ def assert_all_images(root):
         assert (pixels == expected_pixels[expected]).all()
 
 
-def test_official_archive_is_unpacked_even_when_half_of_it_was(archive, tmp_path):
-    (tmp_path / CIFAR10.filename).write_bytes(archive)
-    assert_all_images(tmp_path)
+def test_a_damaged_folder_stands_in_no_archive_s_way(archive, tmp_path):
+    extracted(tmp_path, archive)
     (tmp_path / CIFAR10.base_folder / "test_batch").write_bytes(b"half")
-    assert_all_images(tmp_path)
-    (tmp_path / CIFAR10.filename).unlink()
+    (tmp_path / CIFAR10.filename).write_bytes(archive)
     assert_all_images(tmp_path)
 
 
@@ -143,14 +139,15 @@ def test_altered_official_files_are_never_unpickled(archive, tmp_path, capsys):
         def __reduce__(self):
             return open, (str(tmp_path / "it ran"), "w")
 
-    (tmp_path / CIFAR10.filename).write_bytes(archive)
-    assert_all_images(tmp_path)
+    extracted(tmp_path, archive)
     (tmp_path / CIFAR10.filename).write_bytes(archive[: len(archive) // 2])
     (tmp_path / CIFAR10.base_folder / "test_batch").write_bytes(pickle.dumps(Code()))
-    with pytest.raises(SystemExit, match="2"):
-        cifar_dataset(tmp_path)
-    assert "wrong md5" in capsys.readouterr().err
-    assert not (tmp_path / "it ran").exists()
+    shutil.make_archive("own", "gztar", tmp_path, CIFAR10.base_folder)
+    for root in (tmp_path, tmp_path / "own.tar.gz"):
+        with pytest.raises(SystemExit, match="2"):
+            cifar_dataset(root)
+        assert "wrong md5" in capsys.readouterr().err
+        assert not (tmp_path / "it ran").exists()
 
 
 def gunzipped(root, archive):
@@ -186,26 +183,18 @@ LAYOUTS = {
 def test_what_a_person_s_tools_leave_is_found(archive, tmp_path, monkeypatch, layout):
     monkeypatch.setattr(dataset, "MIRRORS", [])  # a download would fail
     root = layout(tmp_path, archive)
+    before = sorted(tmp_path.rglob("*"))
     assert_all_images(root)
-    assert_all_images(root)  # unpacked, too
-
-
-def test_an_archive_in_a_folder_that_is_read_only_is_read(
-    archive, tmp_path, monkeypatch
-):
-    (tmp_path / CIFAR10.filename).write_bytes(archive)
-    monkeypatch.setattr(dataset.os, "access", lambda path, mode: path != tmp_path)
-    assert_all_images(tmp_path)
-    assert os.listdir(tmp_path) == [CIFAR10.filename]
+    assert sorted(tmp_path.rglob("*")) == before  # read where it lies
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"<!DOCTYPE html>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
-        (b"", "empty"),
-        (b"\x1f\x8b half of it", "wrong md5"),
+        (b"<!DOCTYPE html>", "15 bytes that begin with b'<!DOCTYPE html>'"),
+        (b"version https://git-lfs.github.com/spec/v1", "b'version https://"),
+        (b"", "0 bytes"),
+        (b"\x1f\x8b half of it", "13 bytes"),
     ],
 )
 def test_an_archive_that_is_none_is_named(tmp_path, capsys, content, said):
@@ -215,36 +204,12 @@ def test_an_archive_that_is_none_is_named(tmp_path, capsys, content, said):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_a_slip_in_the_archive_s_name_downloads_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dataset, "download", None)
     with pytest.raises(SystemExit):
         dataset.cifar_dataset(tmp_path / "cifar-10-pyton.tar.gz")
     assert "there is no" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
-
-
-def test_a_tar_writes_nothing_outside_its_folder(tmp_path, archive, capsys):
-    """Links and paths that lead out, under the official names."""
-    root = tmp_path / "data"
-    root.mkdir()
-    outside = tmp_path / "outside"
-    outside.write_bytes(b"mine")
-    (root / CIFAR10.base_folder).mkdir()
-    (root / CIFAR10.base_folder / "test_batch").symlink_to(outside)
-    with tarfile.open(root / "cifar-10-python.tar", "w") as tar:
-        link = tarfile.TarInfo(f"{CIFAR10.base_folder}/data_batch_1")
-        link.type, link.linkname = tarfile.SYMTYPE, str(outside)
-        tar.addfile(link)
-        for name in ("data_batch_1", "test_batch", "../../test_batch"):
-            info = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
-            info.size = 4
-            tar.addfile(info, io.BytesIO(b"evil"))
-    with pytest.raises(SystemExit, match="2"):
-        cifar_dataset(root)
-    assert "wrong md5" in capsys.readouterr().err
-    assert outside.read_bytes() == b"mine"
-    assert sorted(os.listdir(tmp_path)) == ["data", "outside"]
 
 
 # Images in class folders.
@@ -270,11 +235,6 @@ def test_class_folders_hold_the_same_images(tree):
     assert_all_images(tree.parent)
 
 
-def make_foreign(folder):
-    (folder / "zebra").mkdir()
-    Image.new("RGB", (32, 32)).save(folder / "zebra" / "0.png")
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:-200])
 
@@ -284,11 +244,9 @@ def cut(path):
     [
         (lambda train: shutil.rmtree(train / "ship"), "ship"),
         (lambda train: [p.unlink() for p in (train / "ship").iterdir()], "ship"),
-        (make_foreign, "zebra"),
         (lambda train: (train / "dog" / "a.png").write_bytes(b"no"), "a.png"),
         (lambda train: cut(train / "dog" / "0005.png"), "0005.png"),
         (lambda train: (train / "dog" / "b.png").mkdir(), "b.png"),
-        (lambda train: (train / "dog" / "loop").symlink_to(train), "loop"),
         (lambda train: Image.new("RGB", (40, 40)).save(train / "dog/c.png"), "40"),
         (shutil.rmtree, "train"),
     ],
@@ -344,10 +302,10 @@ def test_download_names_what_fails_and_takes_the_next(
 ):
     reasons = {
         "missing": "404",
-        "cut": f"cut off or altered (wrong md5), {len(archive) // 2:,} bytes",
+        "cut": f"cut off or altered (wrong md5): {len(archive) // 2:,} bytes",
         "stalling": "timed out",
-        "page": "web page",
-        "altered": f"cut off or altered (wrong md5), {len(archive):,} bytes",
+        "page": "b'<!DOCTYPE html>",
+        "altered": f"cut off or altered (wrong md5): {len(archive):,} bytes",
         "chatter": "this is not HTTP",
     }
     nobody = "http://127.0.0.1:9/"
@@ -356,20 +314,20 @@ def test_download_names_what_fails_and_takes_the_next(
     monkeypatch.setattr(dataset, "MIRRORS", [*mirrors, server + "good"])
     root = tmp_path / "new folder"
     root.mkdir()
-    (root / f"{CIFAR10.filename}.part.0a1b").touch()  # left behind by a killed run
+    left_behind = root / f"{CIFAR10.filename}.0a1b.part"  # by a killed run
+    left_behind.touch()
+    os.utime(left_behind, (0, 0))
     assert_all_images(root)
     out = capsys.readouterr().out
     for kind, reason in reasons.items():
         assert reason in out.split(server + kind)[1].split("http:")[0]
-    whole = {CIFAR10.base_folder, CIFAR10.filename}
-    assert {path.name for path in root.iterdir()} == whole
+    assert [path.name for path in root.iterdir()] == [CIFAR10.filename]
 
     shutil.rmtree(root)
     monkeypatch.setattr(dataset, "MIRRORS", mirrors)
     with pytest.raises(SystemExit, match="2"):
         cifar_dataset(root)
     err = capsys.readouterr().err
-    assert "SSL_CERT_FILE" not in err
     assert all(way in err for way in (CIFAR10.filename, "--data", "--synthetic"))
     assert list(root.iterdir()) == []
 
@@ -384,31 +342,6 @@ def test_a_full_disk_is_not_blamed_on_the_mirrors(tmp_path, monkeypatch, capsys)
     out, err = capsys.readouterr()
     assert out.count("Downloading") == 1
     assert "No space left" in err
-
-
-def test_certificates_that_cannot_be_checked_have_a_way_out(
-    tmp_path, monkeypatch, capsys
-):
-    def unchecked(*args, **kwargs):
-        raise URLError(ssl.SSLCertVerificationError("[SSL: CERTIFICATE_VERIFY_FAILED]"))
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unchecked)
-    with pytest.raises(SystemExit, match="2"):
-        cifar_dataset(tmp_path)
-    out, err = capsys.readouterr()
-    assert out.count("CERTIFICATE_VERIFY_FAILED") == len(dataset.MIRRORS)
-    assert "Install Certificates.command" in err
-    assert "SSL_CERT_FILE" in err
-    certificate = iter([unchecked])  # for the first mirror alone; the others are away
-
-    def away(*args, **kwargs):
-        next(certificate, lambda: None)()
-        raise URLError("away")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", away)
-    with pytest.raises(SystemExit, match="2"):
-        cifar_dataset(tmp_path)
-    assert "SSL_CERT_FILE" not in capsys.readouterr().err
 
 
 # Photos.
@@ -449,19 +382,19 @@ def test_a_photo_is_read_as_a_viewer_shows_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content"),
     [
-        ("photo.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC"),
-        ("photo.png", b"", "photo.png"),
-        ("photo.tif", np.full((4, 4), 0.5, np.float32), "fractions"),
-        ("photo.tiff", np.full((4, 4), 2**20, np.int32), "32 bits"),
+        ("photo.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+        ("photo.png", b""),
+        ("photo.tif", np.full((4, 4), 0.5, np.float32)),
+        ("photo.tiff", np.full((4, 4), 2**20, np.int32)),
     ],
 )
-def test_a_photo_that_cannot_be_read_says_why(capsys, name, content, said):
+def test_a_photo_that_cannot_be_read_has_a_way_out(capsys, name, content):
     if isinstance(content, bytes):
         Path(name).write_bytes(content)
     else:
         Image.fromarray(content).save(name)
     with pytest.raises(SystemExit, match="2"):
         dataset.read_image(name)
-    assert said in capsys.readouterr().err
+    assert "save it as JPEG or PNG" in capsys.readouterr().err

@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+import dataset
 import evaluation
 import model
+import train
 from dataset import CLASSES, cifar_dataset
 
 SYNTHETIC = "--synthetic"
@@ -22,7 +24,7 @@ SYNTHETIC = "--synthetic"
 
 def test_report_agrees_with_a_plain_count(call, checkpoint):
     status, out, _ = call(evaluation, SYNTHETIC)
-    network, _ = model.load_cnn(checkpoint)
+    network, _ = evaluation.load_cnn(checkpoint)
     network.eval()
     _, test_data = cifar_dataset(synthetic=True)
     correct, loss, right_of, mistakes = 0, 0, Counter(), Counter()
@@ -67,7 +69,7 @@ def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
     call(evaluation, SYNTHETIC, "--mistakes", "mistakes.png")
     with Image.open("mistakes.png") as sheet:
         sheet = np.asarray(sheet)
-    network, _ = model.load_cnn(checkpoint)
+    network, _ = evaluation.load_cnn(checkpoint)
     _, test_data = cifar_dataset(synthetic=True)
     logits = evaluation.predict(network, test_data, torch.device("cpu"))
     confidence, taken_for = logits.softmax(1).max(1)
@@ -181,11 +183,9 @@ DAMAGES = {
             epoch=-1, history=[], settings={"width": 4, "synthetic": True}
         )
     ),
-    "lost epochs": saved(lambda saved: saved.update(epoch=5)),
     "nan in history": saved(lambda s: s["history"][0].update(loss=float("nan"))),
     "a lost layer": saved(lambda s: delitem(s["model_state_dict"], "head.bias")),
     "shape": head_bias(torch.zeros(11)),
-    "dtype": head_bias(torch.zeros(10, dtype=torch.int32)),
     "nan": head_bias(torch.full((10,), float("nan"))),
     "width": saved(lambda saved: saved["settings"].update(width=10**9)),
     "other model": saved(lambda saved: saved["settings"].update(model="resnet18")),
@@ -203,16 +203,20 @@ def test_unusable_checkpoints_are_refused_and_never_run_code(
 
 NOT_OURS = {  # what it holds, and what is said of it
     "a whole model": (lambda network, saved: network, "holds model.CNN"),
-    "bare weights": (lambda network, saved: network.state_dict(), "bare weights"),
+    "bare weights": (
+        lambda network, saved: network.state_dict(),
+        "no epoch, loss, model_state_dict, but whit",
+    ),
     "other names": (lambda network, saved: {"net": {}, "acc": 1.0}, "net, acc"),
-    "a list as loss": (lambda network, saved: saved | {"loss": [1.0]}, "its loss"),
+    "a list as loss": (lambda network, saved: saved | {"loss": [1.0]}, "'list'"),
     "NumPy arrays": (lambda network, saved: saved | {"x": np.ones(3)}, "numpy"),
+    "NumPy's loss": (lambda network, saved: saved | {"loss": np.mean([1])}, "numpy"),
 }
 
 
 @pytest.mark.parametrize(("make", "said"), NOT_OURS.values(), ids=NOT_OURS.keys())
 def test_what_others_save_is_refused_in_plain_words(refused, checkpoint, make, said):
-    network, loaded = model.load_cnn(checkpoint)
+    network, loaded = evaluation.load_cnn(checkpoint)
     torch.save(make(network, loaded), checkpoint)
     message = refused(evaluation, SYNTHETIC)
     assert said in message
@@ -229,8 +233,6 @@ def renamed(prefix):
 
 
 READABLE = {
-    "NumPy's loss": lambda saved: saved.update(loss=np.mean([0.5, 1.5])),
-    "NumPy's short loss": lambda saved: saved.update(loss=np.float32(1)),
     "tensors": lambda saved: saved.update(
         loss=torch.tensor(1.0), epoch=torch.tensor(2)
     ),
@@ -246,9 +248,6 @@ def test_what_others_save_is_read_where_it_is_clear(call, checkpoint, change):
     expected = call(evaluation, SYNTHETIC)
     loaded = torch.load(checkpoint, weights_only=True)
     change(loaded)
-    old_torch = not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
-    if isinstance(loaded["loss"], np.generic) and old_torch:
-        pytest.skip("torch before 2.6 allows nothing by name")
     torch.save(loaded, checkpoint)
     assert call(evaluation, SYNTHETIC) == expected
     torch.save(loaded, checkpoint, _use_new_zipfile_serialization=False)  # before 1.6
@@ -256,14 +255,14 @@ def test_what_others_save_is_read_where_it_is_clear(call, checkpoint, change):
 
 
 def test_randomly_changed_bytes_are_refused_or_harmless(checkpoint, trained):
-    whole, _ = model.load_cnn(checkpoint)
+    whole, _ = evaluation.load_cnn(checkpoint)
     chance, refusals = random.Random(0), 0
     for _ in range(100):
         data = bytearray(trained)
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         checkpoint.write_bytes(data)
         try:
-            loaded, _ = model.load_cnn(checkpoint)
+            loaded, _ = evaluation.load_cnn(checkpoint)
         except SystemExit as stop:
             assert stop.code == 2
             refusals += 1
@@ -285,9 +284,9 @@ def test_ctrl_c_while_saving_leaves_the_old_checkpoint(
     def interrupt(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model.os, "fsync", interrupt)
+    monkeypatch.setattr(train.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        model.save_checkpoint({"epoch": 0}, checkpoint)
+        train.save_checkpoint({"epoch": 0}, checkpoint, trained)
     assert os.listdir() == ["synthetic.pth"]
     assert checkpoint.read_bytes() == trained
 
@@ -304,16 +303,16 @@ def test_a_file_that_is_locked_is_tried_again(
             raise PermissionError(13, "Access is denied")
         replace(*names)
 
-    monkeypatch.setattr(model.os, "replace", locked)
+    monkeypatch.setattr(train.os, "replace", locked)
     if times == 2:
-        model.save_checkpoint({"epoch": 1}, checkpoint)
+        train.save_checkpoint({"epoch": 1}, checkpoint, checkpoint.read_bytes())
         assert torch.load(checkpoint, weights_only=True) == {"epoch": 1}
         assert os.listdir() == ["synthetic.pth"]
         return
     with pytest.raises(SystemExit, match="2"):
-        model.save_checkpoint({"epoch": 1}, checkpoint)
-    assert "synthetic.pth.part" in capsys.readouterr().err
-    assert torch.load("synthetic.pth.part", weights_only=True) == {"epoch": 1}
+        train.save_checkpoint({"epoch": 1}, checkpoint, checkpoint.read_bytes())
+    assert "synthetic.new.pth" in capsys.readouterr().err
+    assert torch.load("synthetic.new.pth", weights_only=True) == {"epoch": 1}
     assert checkpoint.read_bytes() == trained
 
 
@@ -321,8 +320,8 @@ def test_a_disk_that_cannot_say_when_it_has_written_is_used(checkpoint, monkeypa
     def unable(descriptor):
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(model.os, "fsync", unable)
-    model.save_checkpoint({"epoch": 1}, checkpoint)
+    monkeypatch.setattr(train.os, "fsync", unable)
+    train.save_checkpoint({"epoch": 1}, checkpoint, checkpoint.read_bytes())
     assert torch.load(checkpoint, weights_only=True) == {"epoch": 1}
 
 
@@ -330,7 +329,7 @@ def test_a_gpu_that_does_not_work_is_not_taken_unasked(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if torch.cuda.device_count():
         pytest.skip("there is one")
-    assert model.pick_device(None).type == "cpu"
+    assert dataset.pick_device(None).type == "cpu"
     assert "GPU does not work" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
-        model.pick_device("cuda")
+        dataset.pick_device("cuda")

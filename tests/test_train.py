@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from torch.utils.data import DataLoader
 
 import dataset
 import evaluation
-import model
 import train
 from model import CNN
 
@@ -341,7 +341,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:  # full while an epoch is saved
-        patch.setattr(model.os, "fsync", full)
+        patch.setattr(train.os, "fsync", full)
         assert "No space left" in refused(train, *SMALL)
 
     class AlmostFull(io.BytesIO):
@@ -349,7 +349,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
             full() if len(data) > 1000 else super().write(data)
 
     with monkeypatch.context() as patch:  # too full before the run begins
-        patch.setattr(model.tempfile, "TemporaryFile", lambda dir: AlmostFull())
+        patch.setattr(train, "open", lambda *_: AlmostFull(), raising=False)
         patch.setattr(train, "cifar_dataset", None)
         assert "No space left" in refused(train, *SMALL)
     assert checkpoint.read_bytes() == trained
@@ -357,17 +357,23 @@ def test_a_full_disk_leaves_the_old_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
-def test_the_room_asked_for_is_what_the_run_will_take(call, monkeypatch, name):
-    asked = []
-    monkeypatch.setattr(train, "try_to_write", lambda path, room: asked.append(room))
+def test_the_room_asked_for_is_enough(call, monkeypatch, name):
     options = [*SMALL, "--width", "32", "--batch-size", "1000", "--optimizer", name]
     monkeypatch.setattr(train, "plan", lambda *_: [(1000, 16)])
     call(train, *options)
+    asked = []
+
+    @contextmanager
+    def part_of(path):
+        yield (file := io.BytesIO())
+        asked.append(len(file.getvalue()))
+
+    monkeypatch.setattr(train, "part_of", part_of)
+    for resume in (True, False):
+        train.check_room(CNN(32), Path("synthetic.pth"), resume)
     size = os.path.getsize("synthetic.pth")
-    assert size <= asked[0] / 2 <= size + 1.1 * 2**20  # two files of a new run
-    monkeypatch.setattr(train, "fit", lambda *_: None)
-    call(train, *options, "--resume")
-    assert asked[1] == asked[0] / 2
+    assert size <= asked[0] <= 3.3 * size + 2**20
+    assert asked[1] == 2 * asked[0]  # a new run leaves two files
 
 
 def test_the_lecture_s_loop_runs_on_our_data_and_model(call, tmp_path):
@@ -403,7 +409,7 @@ def test_the_lecture_s_loop_runs_on_our_data_and_model(call, tmp_path):
             for images, labels in DataLoader(test_data, batch_size=64)
         )
     # It says nothing of its images, so they count as real ones; here they are not.
-    loaded, _ = model.load_cnn(tmp_path / "synthetic.pth")
+    loaded, _ = evaluation.load_cnn(tmp_path / "synthetic.pth")
     logits = evaluation.predict(loaded, test_data, torch.device("cpu"))
     assert (logits.argmax(1) == test_data.labels).sum().item() == correct
     assert correct > 300  # chance is 100
