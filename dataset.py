@@ -76,6 +76,7 @@ class ImageDataset(Dataset):
             edges = [(0, 0), (0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)]
             padded = torch.from_numpy(np.pad(self.images, edges, mode="reflect"))
             self.shifted = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
+            self.images = self.shifted[:, :, SHIFT, SHIFT]  # in the same memory
 
     def set_epoch(self, epoch: int, size: int, seed: int):
         """Read from now on as in `epoch` (from 0): in `size` px, mirrored in turn.

@@ -12,17 +12,17 @@ import compare_resnet
 import train
 from dataset import CLASSES, ImageDataset, cifar_dataset
 
-SHORT = ["--synthetic", "--batch-size", "100", "--epochs", "2"]
+SHORT = ["--synthetic", "--batch-size", "50", "--epochs", "2"]
 
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    """Only 200 of the synthetic images: ResNet18 is slow."""
+    """Only 100 of the synthetic images: ResNet18 is slow."""
 
     def few(*args):
         train_data, test_data = cifar_dataset(*args)
-        small = ImageDataset(train_data.images[:200], train_data.labels[:200], True)
-        return small, ImageDataset(test_data.images[:200], test_data.labels[:200])
+        small = ImageDataset(train_data.images[:100], train_data.labels[:100], True)
+        return small, ImageDataset(test_data.images[:100], test_data.labels[:100])
 
     monkeypatch.setattr(compare_resnet, "cifar_dataset", few)
 

@@ -235,6 +235,27 @@ def test_class_folders_hold_the_same_images(tree):
     assert_all_images(tree.parent)
 
 
+def test_another_data_set_beside_it_is_passed_over(tree, monkeypatch, capsys):
+    for name in ("cat", "dog"):
+        (tree.parent / "a/train" / name).mkdir(parents=True)
+        Image.new("RGB", (200, 100)).save(tree.parent / "a/train" / name / "0.jpg")
+    assert_all_images(tree.parent)
+    (tree / "train" / "@eaDir").mkdir()  # as a NAS makes
+    (tree / "train" / "@eaDir" / "0.jpg").write_bytes(b"no image")
+    (tree / "train" / "dog" / "list.txt").write_text("1, 2")
+    assert_all_images(tree)
+    monkeypatch.setattr(dataset, "MIRRORS", [])
+    with pytest.raises(SystemExit, match="2"):
+        cifar_dataset(tree.parent / "a")
+    assert "no mirror has CIFAR-10 now" in capsys.readouterr().err
+
+
+def test_only_the_split_that_is_needed_is_read(tree, capsys):
+    shutil.rmtree(tree / "train")
+    train_data, test_data = cifar_dataset(tree, splits=["test"])
+    assert (train_data, len(test_data)) == (None, 20)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-200])
 
@@ -317,11 +338,13 @@ def test_download_names_what_fails_and_takes_the_next(
     left_behind = root / f"{CIFAR10.filename}.0a1b.part"  # by a killed run
     left_behind.touch()
     os.utime(left_behind, (0, 0))
+    growing = root / f"{CIFAR10.filename}.9c8b.part"  # another process's
+    growing.touch()
     assert_all_images(root)
     out = capsys.readouterr().out
     for kind, reason in reasons.items():
         assert reason in out.split(server + kind)[1].split("http:")[0]
-    assert [path.name for path in root.iterdir()] == [CIFAR10.filename]
+    assert {path.name for path in root.iterdir()} == {CIFAR10.filename, growing.name}
 
     shutil.rmtree(root)
     monkeypatch.setattr(dataset, "MIRRORS", mirrors)
@@ -332,9 +355,12 @@ def test_download_names_what_fails_and_takes_the_next(
     assert list(root.iterdir()) == []
 
 
-def test_a_full_disk_is_not_blamed_on_the_mirrors(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_not_blamed_on_the_mirrors(
+    tmp_path, monkeypatch, capsys, reason
+):
     def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(reason, "No space left on device")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", full)
     with pytest.raises(SystemExit, match="2"):

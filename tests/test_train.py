@@ -4,10 +4,12 @@ import errno
 import io
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,18 +63,15 @@ def test_one_line_an_epoch_no_bar_in_a_pipe_and_the_same_bits_again(call, checkp
 def test_killed_and_resumed_ends_with_the_same_bits(checkpoint):
     run = start("--checkpoint", "killed.pth")
     wait_for_first_epoch(run)
-    run.kill()
-    run.communicate()
-    assert len(torch.load("killed.pth", weights_only=True)["history"]) < 3
-    run = start("--checkpoint", "killed.pth", "--resume")
-    assert "epochs are done" in run.stdout.readline()
-    delay = random.uniform(0, 1.5)  # s: anywhere, training or writing
-    print(f"killed {delay:.2f} s after the resume")
+    delay = random.uniform(0, 1)  # s: anywhere, training or writing
+    print(f"killed {delay:.2f} s after the first epoch")
     time.sleep(delay)
     run.kill()
     run.communicate()
+    assert 1 <= len(torch.load("killed.pth", weights_only=True)["history"]) <= 3
     run = start("--checkpoint", "killed.pth", "--resume")
-    _, err = run.communicate()
+    out, err = run.communicate()
+    assert "of 3 epochs are done" in out.splitlines()[0]
     assert (run.returncode, err) == (0, "")
     assert same_bits(checkpoint, "killed.pth")
 
@@ -189,7 +188,7 @@ def test_bfloat16_computes_nearly_the_same_and_saves_float32(call, monkeypatch):
     losses = []
     for fast in (True, False):
         monkeypatch.setattr(train, "FAST_BFLOAT16", fast)
-        call(train, *SMALL)
+        call(train, *SMALL, "--epochs", "1")
         checkpoint = torch.load("synthetic.pth", weights_only=True)
         weights = checkpoint["model_state_dict"]
         assert weights["head.weight"].dtype == torch.float32
@@ -206,6 +205,80 @@ def test_a_new_run_keeps_what_it_replaces(call, checkpoint, trained):
     call(train, *SMALL, "--epochs", "1", "--seed", "2")  # nor does a second one lose it
     assert Path("synthetic.old.pth").read_bytes() == trained
     assert Path("synthetic.old2.pth").read_bytes() == one_epoch
+
+
+def test_two_runs_that_write_one_checkpoint_lose_no_epoch(
+    call, refused, checkpoint, trained, monkeypatch
+):
+    """While this one trains its second epoch, another one finishes."""
+    call(train, *SMALL, "--seed", "2", "--checkpoint", "whole.pth")
+    checkpoint.unlink()
+    print_epoch = train.print_epoch
+
+    def then_another(history, schedule):
+        print_epoch(history, schedule)
+        checkpoint.write_bytes(trained)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "print_epoch", then_another)
+        message = refused(train, *SMALL, "--seed", "2")
+    assert "another run (seed 1)" in message
+    assert "--resume --checkpoint synthetic.new.pth" in message
+    assert checkpoint.read_bytes() == trained
+    go_on = ["--seed", "2", "--resume", "--checkpoint", "synthetic.new.pth"]
+    assert "2 of 3 epochs are done" in call(train, *SMALL, *go_on)[1]
+    assert same_bits("synthetic.new.pth", "whole.pth")
+
+
+def test_two_runs_write_into_files_of_their_own(tmp_path):
+    path = tmp_path / "synthetic.pth"
+    with train.part_of(path) as one, train.part_of(path) as other:
+        assert one.name != other.name
+    assert os.listdir() == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_a_link_is_written_through(call, tmp_path, trained):
+    """To a drive that stays when the machine goes."""
+    (tmp_path / "drive").mkdir()
+    Path("synthetic.pth").symlink_to("drive/mine.pth")
+    for kept in ([], ["mine.old.pth"]):
+        call(train, *SMALL, "--epochs", "1")
+        assert Path("synthetic.pth").is_symlink()
+        assert sorted(os.listdir("drive")) == sorted(["mine.pth", *kept])
+    Path("resnet.pth").symlink_to("drive/resnet.pth")
+    assert dataset.file_path("resnet.pth") == tmp_path / "drive/resnet.pth"
+
+
+def test_a_folder_that_may_not_be_written_is_named_at_once(refused, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(train, "open", denied, raising=False)
+    monkeypatch.setattr(train, "cifar_dataset", None)
+    assert "synthetic.pth cannot be used (Permission denied)" in refused(train, *SMALL)
+
+
+def test_it_trains_without_stderr(call, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as Windows' pythonw
+    monkeypatch.setattr(sys, "__stderr__", None)
+    status, out, _ = call(train, *SMALL, "--epochs", "1")
+    assert (status, "Epoch: 1/1" in out) == (0, True)
+
+
+def test_the_next_command_can_be_pasted(monkeypatch):
+    args = Namespace(synthetic=False, data="data", checkpoint=Path("cifar_cnn.pth"))
+    assert train.next_command(args) == "python evaluation.py"
+    args.data, args.checkpoint = "my data\\", Path("it's $HOME.pth")
+    expected = ["--data", "my data\\", "--checkpoint", "it's $HOME.pth"]
+    assert shlex.split(train.next_command(args))[2:] == expected
+    monkeypatch.setattr(train.os, "name", "nt")
+    assert '--data "my data\\\\" --checkpoint "it\'s' in train.next_command(args)
+
+
+def test_a_path_is_named_as_it_is_written(refused):
+    folder = "学習\u3000結果"  # a wide blank
+    assert folder in refused(train, *SMALL, "--checkpoint", f"{folder}/a.pth")
 
 
 def test_only_a_checkpoint_is_replaced(refused):
@@ -227,7 +300,7 @@ def test_only_a_checkpoint_is_replaced(refused):
     ],
 )
 def test_the_lecture_s_optimizers_learn_at_their_own_rate(call, name, kept):
-    call(train, *SMALL, "--batch-size", "50", "--optimizer", name)
+    call(train, *SMALL, "--batch-size", "100", "--optimizer", name)
     checkpoint = torch.load("synthetic.pth", weights_only=True)
     assert checkpoint["history"][-1]["accuracy"] > 0.3  # chance is 0.1
     states = checkpoint["optimizer_state_dict"]["state"].values()
