@@ -4,9 +4,8 @@
     train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
 
 A data set holds its images as one uint8 tensor. `DataLoader` asks it for a whole batch
-at once (`__getitems__`), so that a batch is gathered, augmented and normalised in a few
-tensor operations instead of image by image. At the end stands what the command lines of
-all scripts share: errors in one line, the device, the options.
+at once (`__getitems__`): a few tensor operations instead of image by image. At the end
+stands what all scripts share: errors in one line, the device, the command line.
 """
 
 from __future__ import annotations  # for Python 3.9, which macOS brings along
@@ -98,12 +97,15 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, indices: list[int]):
         """The samples of a whole batch; see torch.utils.data.Dataset."""
-        images = self.images[indices] if self.shifted is None else self.augment(indices)
+        if self.shifted is None:
+            images = self.images[indices]
+        else:
+            images = self.shift_and_mirror(indices)
         images = resize(normalize(images), [self.size, self.size])
         # DataLoader's collate wants samples; it stacks them into one batch again.
         return list(zip(images, self.labels[indices].tolist()))
 
-    def augment(self, indices: list[int]) -> torch.Tensor:
+    def shift_and_mirror(self, indices: list[int]) -> torch.Tensor:
         if self.mirrored is None:
             mirror = torch.rand(len(indices)) < 0.5
         else:
@@ -119,14 +121,19 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return (images.float() - MEAN) / STD
 
 
-def cifar_dataset(root="data", synthetic: bool = False, splits=("train", "test")):
+def cifar_dataset(
+    root="data", synthetic=False, splits=("train", "test"), holdout=False
+):
     """Training data, which augments, and test data, which does not: ImageDatasets.
 
     `root` is where the images are: the official archive or its unpacked folder (see
     `find_official`), or `train/<class>/*` and `test/<class>/*`; where it has none of
     them, the archive is downloaded into it. `synthetic` makes a few simple images
     instead, the same ones every time. A split that `splits` does not name need not be
-    there: it is None. What cannot be used ends the script in one line.
+    there: it is None. With `holdout`, the last tenth of the training images of each class
+    (500) takes the place of the test images: whoever chooses a width or a learning rate
+    by them has not looked at the test images. What cannot be used ends the script in one
+    line.
     """
     # A path that was copied may bring quotes along, and on Windows an invisible mark.
     root = Path(os.path.expanduser(str(root).strip(" \"'\u202a")))
@@ -136,14 +143,30 @@ def cifar_dataset(root="data", synthetic: bool = False, splits=("train", "test")
         elif official := find_official(root):
             images = read_official(official)
         elif folder := find_class_folders(root):
-            images = {split: read_folder(folder / split) for split in splits}
+            read = ["train"] if holdout else splits
+            images = {split: read_folder(folder / split) for split in read}
         elif root.suffix in ARCHIVES and not root.exists():
             raise FileNotFoundError("there is no such file")
         else:
             images = read_official([download(root)])
+    if holdout:
+        images = hold_out(*images["train"])
     train = ImageDataset(*images["train"], augment=True) if "train" in splits else None
     test = ImageDataset(*images["test"]) if "test" in splits else None
     return train, test
+
+
+def hold_out(images, labels) -> dict:
+    """Split training images in two: the last tenth of each class is for testing."""
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(len(CLASSES)):
+        of_class = (labels == label).nonzero().flatten()
+        held[of_class[len(of_class) * 9 // 10 :]] = True
+    return {
+        "train": (images[~held], labels[~held]),
+        "test": (images[held], labels[held]),
+    }
 
 
 # Where the images come from. Each of these gives uint8 (N, 3, 32, 32) and N labels.
@@ -171,7 +194,8 @@ def read_official(places: list[Path]) -> dict:
         try:
             return read_batches(place)
         except Exception as error:  # noqa: BLE001 - half a file raises a dozen kinds
-            reasons.append(f"{place}: {what_it_is(place)}: {in_words(error)[:80]}")
+            what = what_it_is(place) if place.is_file() else "a folder"
+            reasons.append(f"{place}: {what}: {in_words(error)[:80]}")
     raise ValueError("; ".join(reasons))
 
 
@@ -203,8 +227,6 @@ def read_batches(place: Path) -> dict:
 
 def what_it_is(place: Path) -> str:
     """The size and first bytes of a file tell what it is: a web page, half a file, ..."""
-    if place.is_dir():
-        return "a folder"
     with open(place, "rb") as file:
         return f"{place.stat().st_size:,} bytes that begin with {file.read(16)}"
 
@@ -280,10 +302,8 @@ def synthetic_images() -> dict:
     return {split: (images[part], labels[part]) for split, part in parts.items()}
 
 
-# Pillow refuses twice this number; a phone's photo may have 200 million pixels. And what
-# an editor adds to a PNG as text may exceed its 1 MB.
-Image.MAX_IMAGE_PIXELS = 200_000_000
-PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes
+Image.MAX_IMAGE_PIXELS = 200_000_000  # a phone's photo; Pillow refuses twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes that an editor may add to a PNG
 
 
 def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
@@ -293,8 +313,6 @@ def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     would show the colours under the transparency, and cut 16 bits off at 255.
     """
     with usable(path, "save it as JPEG or PNG, or choose another"):
-        if not Path(path).is_file():  # a pipe would be waited for
-            raise ValueError("it is not a file")
         with Image.open(path) as image:
             if size and image.size != size:  # before it is decoded
                 raise ValueError(f"its size is {image.size}, not {size}")
@@ -375,6 +393,8 @@ def command_line(description: str) -> argparse.ArgumentParser:
     data = "folder or archive of the images, made by a download if missing"
     add("--data", default="data", metavar="DIR", help=f"{data} (default: %(default)s)")
     add("--synthetic", action="store_true", help="try it on simple images, no download")
+    held = "test on the last 500 training images of each class, not trained on"
+    add("--holdout", action="store_true", help=held)
     own = "default: cifar_cnn.pth, with --synthetic synthetic.pth"
     add("--checkpoint", metavar="FILE", help=f"our trained network ({own})")
     default = "default: cuda where it works, or else cpu"

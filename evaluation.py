@@ -36,7 +36,6 @@ BATCH_SIZE = 500  # images at a time: little memory, and larger is no faster
 BAR = 40  # characters for 100 %: a line fits a terminal of 80
 WORST = 8  # mistakes drawn of each class: the sheet is 910 px wide
 MAX_WIDTH = 1024  # two gigabytes of weights: more is a slip or an attack
-JAPANESE_FONTS = ("Yu Gothic", "Hiragino Sans", "Noto Sans CJK JP", "IPAexGothic")
 CHOOSE = "name another, or move it away and train again"  # instead of a bad checkpoint
 
 
@@ -48,11 +47,13 @@ def predict(model, data: ImageDataset, device) -> torch.Tensor:
     return torch.cat([model(images.to(device)).cpu() for images, _ in loader])
 
 
-def check_kind(checkpoint: dict, synthetic: bool, path: Path):
-    """Refuse a checkpoint of real images on made-up ones, and the other way round."""
-    if checkpoint["settings"].get("synthetic", False) != synthetic:
-        kind, hint = ("real", "leave out") if synthetic else ("synthetic", "add")
-        fail(f"{path} was trained on {kind} images: {hint} --synthetic")
+def check_kind(checkpoint: dict, args: argparse.Namespace):
+    """Refuse a checkpoint on images of another kind than it was trained for."""
+    for name in ("synthetic", "holdout"):
+        given = getattr(args, name)
+        if checkpoint["settings"].get(name, False) != given:
+            was, hint = ("without", "leave out") if given else ("with", "add")
+            fail(f"{args.checkpoint} was trained {was} --{name}: {hint} --{name}")
 
 
 def confusions(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -117,12 +118,9 @@ def draw_curves(histories: dict[str, list[dict]], path: Path):
     if not all(histories.values()):
         fail("a checkpoint of the lecture's train.py has no history to draw")
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own may be missing here
-    from matplotlib import font_manager, pyplot  # not a requirement of the scripts
+    from matplotlib import pyplot  # not a requirement of the scripts
 
-    found = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *[font for font in JAPANESE_FONTS if font in found]]
-    pyplot.rcParams["font.family"] = fonts
-    warnings.filterwarnings("ignore", message="Glyph")  # that no font here has
+    warnings.filterwarnings("ignore", message="Glyph")  # that the font has not
     kinds = {"loss": "training loss", "accuracy": "training accuracy"}
     kinds |= {"learning_rate": "learning rate"}
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
@@ -198,8 +196,6 @@ def load_checkpoint(path: Path) -> dict:
     if not path.exists():
         fail(f"there is no {path.absolute()}: run train.py first, without --resume")
     with usable(path, CHOOSE):
-        if not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is not a file (a folder: was it unpacked?)")
         found = read_file(path)
         if not isinstance(found, dict):
             raise TypeError(f"it holds a {type(found).__name__}, not a dict")
@@ -258,13 +254,13 @@ def main():
     if args.curves:
         check_matplotlib("--curves")
     model, checkpoint = load_cnn(path)
-    check_kind(checkpoint, args.synthetic, path)
+    check_kind(checkpoint, args)
     if args.image:
         classify_photo(model, args.image, device)
         return 0
     if args.curves:
         draw_curves({path.name: checkpoint["history"]}, args.curves)
-    _, test_data = cifar_dataset(args.data, args.synthetic, splits=["test"])
+    _, test_data = cifar_dataset(args.data, args.synthetic, ["test"], args.holdout)
     logits = predict(model, test_data, device)
     accuracy = report(logits, test_data.labels)
     if args.mistakes:
@@ -273,6 +269,8 @@ def main():
     if epochs and done < epochs:
         print(f"{path} holds {done} of {epochs} epochs: go on with train.py --resume")
     kind = "" if len(test_data) == 10_000 else f" of only {len(test_data):,} images"
+    if args.holdout:
+        kind = f" of {len(test_data):,} held-out training images"
     if args.synthetic:
         kind = " on synthetic images, which says nothing of CIFAR-10"
     verdict = "PASS" if accuracy >= TARGET else "FAIL"

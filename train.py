@@ -8,8 +8,6 @@ Measured: 90.0 % of the test images right (mean of three seeds) after three minu
 two cores. The test images are not used here: that is what evaluation.py is for.
 """
 
-from __future__ import annotations  # for Python 3.9, which macOS brings along
-
 import argparse
 import errno
 import io
@@ -229,8 +227,8 @@ def freeze_first_layer(model: nn.Module, epoch: int):
 # Writing a checkpoint, whole or not at all, and going on from it.
 
 
-def save_checkpoint(checkpoint: dict, path: Path, before: bytes | None) -> bytes:
-    """Write a checkpoint over the file of the bytes `before`; return its own.
+def save_checkpoint(checkpoint: dict, path: Path, before) -> bytes:
+    """Write a checkpoint over the bytes `before` (None: no file); return its own.
 
     The first epoch of a new run keeps what it replaces. Other bytes than `before` are
     another run's: this run ends beside them, so that neither loses work.
@@ -371,7 +369,7 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:
     """What a run depends on: a resumed one must have the same."""
-    names = ("epochs", "batch_size", "optimizer", "lr", "seed", "synthetic")
+    names = ("epochs", "batch_size", "optimizer", "lr", "seed", "synthetic", "holdout")
     settings = {name: getattr(args, name) for name in names}
     checksum = zlib.crc32(train_data.images[::25].contiguous().numpy())
     return settings | {"checksum of the images": checksum}
@@ -380,6 +378,7 @@ def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:
 def next_command(args: argparse.Namespace) -> str:
     """How this run's checkpoint is evaluated, to be copied into any terminal."""
     command = ["python", "evaluation.py", *["--synthetic"] * args.synthetic]
+    command += ["--holdout"] * args.holdout
     if args.data != "data":
         command += ["--data", args.data]
     if str(args.checkpoint) != dataset.CHECKPOINTS[args.synthetic]:
@@ -396,7 +395,7 @@ def main():
     torch.manual_seed(args.seed)
     model = CNN(args.width)
     check_room(model, path, args.resume)
-    train_data, _ = cifar_dataset(args.data, args.synthetic, ["train"])
+    train_data, _ = cifar_dataset(args.data, args.synthetic, ["train"], args.holdout)
     model.whiten(normalize(train_data.images[::25]))  # 2,000 images are plenty
     settings = {"model": "CNN", "width": args.width, **settings_of(args, train_data)}
     fit(model, train_data, settings, path, args.resume, device)

@@ -19,8 +19,8 @@ SHORT = ["--synthetic", "--batch-size", "50", "--epochs", "2"]
 def few_images(monkeypatch):
     """Only 100 of the synthetic images: ResNet18 is slow."""
 
-    def few(*args):
-        train_data, test_data = cifar_dataset(*args)
+    def few(*args, **kwargs):
+        train_data, test_data = cifar_dataset(*args, **kwargs)
         small = ImageDataset(train_data.images[:100], train_data.labels[:100], True)
         return small, ImageDataset(test_data.images[:100], test_data.labels[:100])
 

@@ -340,6 +340,10 @@ def test_kinds_of_images_are_not_mixed(refused, checkpoint, tmp_path):
     assert "add --synthetic" in refused(evaluation, "--checkpoint", "synthetic.pth")
     saved(lambda saved: saved["settings"].update(synthetic=False))(checkpoint)
     assert "leave out --synthetic" in refused(evaluation, SYNTHETIC)
+    saved(lambda saved: saved["settings"].update(synthetic=True))(checkpoint)
+    assert "leave out --holdout" in refused(evaluation, SYNTHETIC, "--holdout")
+    saved(lambda saved: saved["settings"].update(holdout=True))(checkpoint)
+    assert "add --holdout" in refused(evaluation, SYNTHETIC)
 
 
 def test_ctrl_c_while_saving_leaves_the_old_checkpoint(

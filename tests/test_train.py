@@ -267,7 +267,9 @@ def test_it_trains_without_stderr(call, monkeypatch):
 
 
 def test_the_next_command_can_be_pasted(monkeypatch):
-    args = Namespace(synthetic=False, data="data", checkpoint=Path("cifar_cnn.pth"))
+    args = Namespace(
+        synthetic=False, holdout=False, data="data", checkpoint=Path("cifar_cnn.pth")
+    )
     assert train.next_command(args) == "python evaluation.py"
     args.data, args.checkpoint = "my data\\", Path("it's $HOME.pth")
     expected = ["--data", "my data\\", "--checkpoint", "it's $HOME.pth"]
@@ -336,6 +338,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_learning_rate_that_is_too_large_is_named(refused, checkpoint, trained):
     assert "--lr" in refused(train, *SMALL, "--lr", "1000")
     assert checkpoint.read_bytes() == trained
+
+
+def test_held_out_images_are_tested_and_not_trained_on(call, refused):
+    out = call(train, *SMALL, "--epochs", "1", "--holdout")[1]
+    assert "Next: python evaluation.py --synthetic --holdout" in out
+    out = call(evaluation, "--synthetic", "--holdout")[1]
+    assert out.splitlines()[0].endswith("/500)")
+    (train_data, held), (all_data, _) = (
+        dataset.cifar_dataset(synthetic=True, holdout=holdout)
+        for holdout in (True, False)
+    )
+    trained_on = {image.numpy().tobytes() for image in train_data.images}
+    for label in range(10):
+        of_class = all_data.images[all_data.labels == label]
+        assert torch.equal(held.images[held.labels == label], of_class[-50:])
+        assert all(image.numpy().tobytes() in trained_on for image in of_class[:-50])
+        assert not any(x.numpy().tobytes() in trained_on for x in of_class[-50:])
+    assert "has holdout True, not False" in refused(
+        train, *SMALL, "--epochs", "1", "--resume"
+    )
 
 
 def test_a_finished_run_says_so_and_other_options_are_refused(
