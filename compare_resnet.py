@@ -12,7 +12,10 @@ are for ResNet18.
 """
 
 import math
+import os
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py, before torch
 
 import torch
 from torch import nn

@@ -12,6 +12,7 @@ from __future__ import annotations  # for Python 3.9, which macOS brings along
 
 import argparse
 import errno
+import glob
 import hashlib
 import http.client
 import os
@@ -53,7 +54,7 @@ MIRRORS = (
 )
 ARCHIVES = (".tar", ".gz", ".tgz")  # not a half download's .part or .crdownload
 STALL = 30  # s without a byte: then the next mirror is tried
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # not what a system leaves: Thumbs.db, ...
+IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")  # not Thumbs.db and the like
 CHECKPOINTS = {False: "cifar_cnn.pth", True: "synthetic.pth"}  # --synthetic or not
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a quota that is used up
 
@@ -178,7 +179,10 @@ def find_official(root: Path) -> list[Path]:
     Near is what a person's tools leave: 7-Zip's folder around it, Safari's
     `cifar-10-python.tar`, a browser's second `cifar-10-python (1).tar.gz`.
     """
-    if root.is_file() or root.absolute().name == CIFAR10.base_folder:
+    itself = (
+        root.absolute().name == CIFAR10.base_folder or (root / "test_batch").exists()
+    )
+    if root.is_file() or itself:
         return [root]
     nearby = ["", "*/", "*/*/"]
     folders = [x for near in nearby for x in root.glob(near + CIFAR10.base_folder)]
@@ -236,11 +240,7 @@ def download(root: Path) -> Path:
     socket.setdefaulttimeout(STALL)  # torch.hub would wait for ever
     root.mkdir(parents=True, exist_ok=True)
     archive = root / CIFAR10.filename
-    # Never named as if it were whole, nor as another process names its own.
-    part = root / f"{CIFAR10.filename}.{uuid.uuid4().hex[:8]}.part"
-    for left_behind in root.glob(f"{CIFAR10.filename}.*part*"):  # by a killed run
-        if time.time() - left_behind.stat().st_mtime > 10 * STALL:  # it grows no more
-            left_behind.unlink()
+    part = new_part(archive)  # never named as if it were whole
     for url in MIRRORS:
         print(f"Downloading {url} into {root}/")
         try:
@@ -249,7 +249,7 @@ def download(root: Path) -> Path:
                 os.replace(part, archive)
                 return archive
             print(f"  failed: cut off or altered (wrong md5): {what_it_is(part)}")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in NO_ROOM:
                 raise  # a full disk is no fault of the mirror's
             print(f"  failed: {error}")
@@ -260,6 +260,14 @@ def download(root: Path) -> Path:
         "file or its folder with --data, or try synthetic images: "
         "python train.py --synthetic"
     )
+
+
+def new_part(path: Path) -> Path:
+    """A name beside `path` for a new file; what killed processes left there goes."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        if time.time() - left.stat().st_mtime > 10 * STALL:  # it grows no more
+            left.unlink(missing_ok=True)
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")  # nobody else's
 
 
 def find_class_folders(root: Path) -> Path | None:
@@ -411,7 +419,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def file_path(name) -> Path:
     """The file of that name, or the one that it links to: a link is not replaced."""
-    path = Path(name)
+    path = Path(name).expanduser()
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
@@ -427,6 +435,7 @@ def run(main, stopped: str = "stopped"):
         # A line is seen at once, in pipes too, and a Japanese name stops no run.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # of odd but readable photos
+    warnings.filterwarnings("ignore", message="Converting a tensor")  # a loss with grad
     try:
         sys.exit(main())
     except KeyboardInterrupt:

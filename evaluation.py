@@ -10,7 +10,6 @@ once, as it is (no test-time augmentation).
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import re
@@ -109,21 +108,24 @@ def draw_mistakes(logits: torch.Tensor, data: ImageDataset, path: Path):
 
 def check_matplotlib(option: str):
     """Say at once, not after minutes of training, that a drawing needs one more package."""
-    if not importlib.util.find_spec("matplotlib"):
-        fail(f"{option} needs matplotlib: pip install matplotlib")
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own may be missing here
+    try:
+        import matplotlib.pyplot  # noqa: F401 - is it there, and whole?
+    except ImportError as error:
+        fail(f"{option} needs matplotlib ({error}): pip install matplotlib")
 
 
 def draw_curves(histories: dict[str, list[dict]], path: Path):
     """Draw loss, training accuracy and learning rate of each epoch; a line for each name."""
     if not all(histories.values()):
         fail("a checkpoint of the lecture's train.py has no history to draw")
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's own may be missing here
     from matplotlib import pyplot  # not a requirement of the scripts
 
+    pyplot.rcdefaults()  # not with somebody's LaTeX
     warnings.filterwarnings("ignore", message="Glyph")  # that the font has not
     kinds = {"loss": "training loss", "accuracy": "training accuracy"}
     kinds |= {"learning_rate": "learning rate"}
-    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.5), constrained_layout=True)
     for panel, (kind, label) in zip(panels, kinds.items()):
         for history in histories.values():
             # Older checkpoints lack some.
@@ -136,9 +138,10 @@ def draw_curves(histories: dict[str, list[dict]], path: Path):
     for text, (name, history) in zip(texts, histories.items()):
         seconds = sum(row.get("seconds", math.nan) for row in history)
         legend = name if math.isnan(seconds) else f"{name}, {seconds:,.0f} s"
+        legend = legend.encode("utf-8", "replace").decode()  # a Shift-JIS name
         text.set_text(legend.replace("$", r"\$"))  # no formula
     with usable(path, "name another, such as curves.png"):
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, format=Path(path).suffix[1:] or "png")
     print(f"{path}: loss, accuracy and learning rate of each epoch of training")
 
 
@@ -203,8 +206,9 @@ def load_checkpoint(path: Path) -> dict:
             keys = ", ".join(map(str, found))[:200]
             raise ValueError(f"it has no {', '.join(sorted(missing))}, but {keys}")
         numbers = {"epoch": int(found["epoch"]), "loss": float(found["loss"])}
-        checkpoint = {"settings": {}, "history": [], **found, **numbers}
-        values = [x for row in checkpoint["history"] for x in row.values()]
+        history = [row for row in found.get("history", []) if isinstance(row, dict)]
+        checkpoint = {"settings": {}, **found, **numbers, "history": history}
+        values = [x for row in history for x in row.values()]
         if not all(math.isfinite(x) for x in [*values, *numbers.values()]):
             raise ValueError("its loss or its history is not all finite numbers")
         if numbers["epoch"] < 0 or not isinstance(checkpoint["settings"], dict):

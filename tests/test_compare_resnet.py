@@ -1,7 +1,7 @@
 """What compare_resnet.py promises: ResNet18 by the same loop, beside our own model."""
 
-import importlib.util
 import shutil
+import sys
 
 import pytest
 import torch
@@ -104,7 +104,8 @@ def test_small_stem_keeps_all_pixels():
 
 def test_what_is_missing_is_named_before_any_training(refused, checkpoint, monkeypatch):
     monkeypatch.setattr(compare_resnet, "fit", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     assert "pip install matplotlib" in refused(
         compare_resnet, *SHORT, "--plot", "a.png"
     )

@@ -172,6 +172,9 @@ LAYOUTS = {
     "Safari's tar": gunzipped,
     "the folder": extracted,
     "the folder itself": lambda root, x: extracted(root, x) / CIFAR10.base_folder,
+    "a renamed folder": lambda root, x: (
+        extracted(root, x) / CIFAR10.base_folder
+    ).rename(root / "CIFAR10"),
     "7-Zip's folder": lambda root, x: extracted(root / "cifar-10-python", x).parent,
     "the file itself": lambda root, x: named("mine.bin", root, x) / "mine.bin",
     "a path in quotes": lambda root, x: f'"{extracted(root, x)}"',
@@ -330,7 +333,7 @@ def test_download_names_what_fails_and_takes_the_next(
         "chatter": "this is not HTTP",
     }
     nobody = "http://127.0.0.1:9/"
-    mirrors = [nobody, *(server + kind for kind in reasons)]
+    mirrors = [nobody, "http://a..b/", *(server + kind for kind in reasons)]
     monkeypatch.setattr(dataset, "STALL", 1)
     monkeypatch.setattr(dataset, "MIRRORS", [*mirrors, server + "good"])
     root = tmp_path / "new folder"

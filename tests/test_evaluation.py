@@ -1,7 +1,6 @@
 """What evaluation.py and checkpoints promise: right figures, and nothing unsafe."""
 
 import errno
-import importlib.util
 import os
 import random
 import subprocess
@@ -10,6 +9,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from operator import delitem
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,24 +137,27 @@ def test_curves_are_drawn_from_the_history(call, checkpoint):
 def test_curves_are_drawn_whatever_a_notebook_has_set(checkpoint):
     pytest.importorskip("matplotlib")
     name = checkpoint.rename("_学習$$.pth")
+    Path("matplotlibrc").write_text("text.usetex: True")  # needs LaTeX
     script = os.path.join(os.path.dirname(evaluation.__file__), "evaluation.py")
     command = [sys.executable, script, SYNTHETIC, "--checkpoint", name]
     run = subprocess.run(
-        [*command, "--curves", "curves.png"],
+        [*command, "--curves", "curves"],
         env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"},
         capture_output=True,
         check=False,
     )
     assert (run.returncode, run.stderr) == (0, b"")
+    assert Path("curves").exists()
     from matplotlib import pyplot
 
-    evaluation.draw_curves({"_a$$.pth": [{"loss": 1.0}]}, "curves.png")
+    evaluation.draw_curves({"_\udc8a$$.pth": [{"loss": 1.0}]}, "curves.png")
     [text] = pyplot.gcf().axes[0].get_legend().get_texts()
-    assert text.get_text() == r"_a\$\$.pth"
+    assert text.get_text() == r"_?\$\$.pth"
 
 
 def test_without_matplotlib_it_is_said_before_anything_else(refused, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     message = refused(evaluation, SYNTHETIC, "--curves", "a.png")  # no checkpoint, too
     assert "pip install matplotlib" in message
 
@@ -270,6 +273,8 @@ READABLE = {
     "torch.compile": renamed("_orig_mod."),
     "both": renamed("_orig_mod.module."),
     "extra": lambda saved: saved.update(note="mine"),
+    "Keras's history": lambda saved: saved.update(history={"loss": [2.0, 1.0]}),
+    "a loss with gradient": lambda s: s.update(loss=torch.ones(1).requires_grad_()),
 }
 
 

@@ -234,6 +234,10 @@ def test_two_runs_write_into_files_of_their_own(tmp_path):
     path = tmp_path / "synthetic.pth"
     with train.part_of(path) as one, train.part_of(path) as other:
         assert one.name != other.name
+        Path("synthetic.pth.0a1b.part").touch()  # as a killed run leaves it
+        os.utime("synthetic.pth.0a1b.part", (0, 0))
+        with train.part_of(path):
+            assert len(os.listdir()) == 3
     assert os.listdir() == []
 
 
