@@ -44,7 +44,7 @@ def make_resnet(small_stem: bool) -> nn.Module:
 
 
 def measure(model, checkpoint: dict, path: Path, test_data: ImageDataset, device):
-    """The figures of a model, as texts, and its accuracy in each class (0 to 1)."""
+    """The figures of a model, as texts: in all, then its accuracy in each class."""
     with FlopCounterMode(display=False) as counter:
         model.cpu().eval()(torch.zeros(1, 3, 32, 32))
     logits = predict(model, test_data, device)
@@ -84,7 +84,7 @@ def main():
     )
     name = "ResNet18 with the small stem" if args.small_stem else "ResNet18"
     settings = {"model": name, **settings_of(args, train_data)}
-    resume = args.resume
+    resume = args.resume  # a finished one, too: no epoch is left, it is only read
     if resnet_path.exists():
         found = load_checkpoint(resnet_path)
         resume = resume or found["epoch"] + 1 == found["settings"].get("epochs")

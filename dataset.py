@@ -4,8 +4,8 @@
     train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
 
 A data set holds its images as one uint8 tensor. `DataLoader` asks it for a whole batch
-at once (`__getitems__`): a few tensor operations instead of image by image. At the end
-stands what all scripts share: errors in one line, the device, the command line.
+at once (`__getitems__`): a few tensor operations instead of image by image. The end
+holds what all scripts share: errors in one line, the device, the command line.
 """
 
 from __future__ import annotations  # for Python 3.9, which macOS brings along
@@ -75,6 +75,7 @@ class ImageDataset(Dataset):
         if augment:
             edges = [(0, 0), (0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)]
             padded = torch.from_numpy(np.pad(self.images, edges, mode="reflect"))
+            # (N, 3, 5, 5, 32, 32): an image in each shift down and right
             self.shifted = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
             self.images = self.shifted[:, :, SHIFT, SHIFT]  # in the same memory
 
@@ -112,8 +113,9 @@ class ImageDataset(Dataset):
         else:
             mirror = self.mirrored[indices]
         down, right = torch.randint(2 * SHIFT + 1, (2, len(indices)))
-        right = torch.where(mirror, 2 * SHIFT - right, right)  # mirrored, then shifted
-        images = self.shifted[indices, :, down, right]
+        # Mirrored and then shifted is shifted the other way and then mirrored.
+        right = torch.where(mirror, 2 * SHIFT - right, right)
+        images = self.shifted[indices, :, down, right]  # (batch, 3, 32, 32)
         return torch.where(mirror.view(-1, 1, 1, 1), images.flip(3), images)
 
 
@@ -354,8 +356,8 @@ def in_words(error: Exception) -> str:
 def usable(path, way_out: str):
     """Around all that reads or writes somebody's file: what fails ends in one line.
 
-    `error: PATH cannot be used (REASON): WAY OUT`. Who finds a fault of his own in the
-    file raises ValueError(REASON).
+    `error: PATH cannot be used (REASON): WAY OUT`. Code inside that finds a fault
+    itself raises ValueError(REASON); `fail` passes through.
     """
     try:
         yield

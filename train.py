@@ -21,7 +21,6 @@ import zlib
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 # Beside a busy browser each thread spins while it waits for the other and keeps it from
 # its core: fewer turns, set before torch is loaded, train two to seven times as fast.
@@ -237,16 +236,18 @@ def save_checkpoint(checkpoint: dict, path: Path, before) -> bytes:
     """Write a checkpoint over the bytes `before` (None: no file); return its own.
 
     The first epoch of a new run keeps what it replaces. Other bytes than `before` are
-    another run's: this run ends beside them, so that neither loses work.
+    another run's: this run saves to a new file and stops, so that neither
+    loses work.
     """
     buffer = io.BytesIO()  # torch.save itself would call a full disk a RuntimeError
     torch.save(checkpoint, buffer)
     with usable(path, MAKE_ROOM):
         if path.exists() and path.read_bytes() != before:
+            go_on = keep_beside(path, buffer.getbuffer())  # before anything can fail
             others, own = load_checkpoint(path)["settings"], checkpoint["settings"]
             unlike = [f"{x} {y}" for x, y in others.items() if own.get(x) != y]
-            run = f"another run ({', '.join(unlike) or 'of the same settings'})"
-            end_beside(path, buffer.getbuffer(), f"is written by {run}, too")
+            run = ", ".join(unlike) or "of the same settings"
+            fail(f"{path} is written by another run ({run}), too. {go_on}")
         if checkpoint["epoch"] == 0 and path.exists():
             write_whole(free_name(path, "old"), path.read_bytes())
         write_whole(path, buffer.getbuffer())
@@ -260,12 +261,11 @@ def free_name(path: Path, word: str) -> Path:
     return next(path.with_name(x) for x in names if not path.with_name(x).exists())
 
 
-def end_beside(path: Path, content, why: str) -> NoReturn:
-    """Keep the epoch that cannot take the place of `path`, and end."""
+def keep_beside(path: Path, content) -> str:
+    """Keep the epoch that cannot take the place of `path`; return how to go on."""
     new = free_name(path, "new")
     new.write_bytes(content)
-    go_on = f"to go on add --resume --checkpoint {new}"
-    fail(f"{path} {why}. This run's last epoch is {new}: {go_on}")
+    return f"This run's last epoch is {new}: to go on add --resume --checkpoint {new}"
 
 
 @contextmanager
@@ -305,7 +305,8 @@ def write_whole(path: Path, content):
                 if error.errno not in (errno.EACCES, errno.EPERM, errno.EBUSY):
                     raise
                 time.sleep(wait)
-    end_beside(path, content, "is held by another program, or by Docker as a mount")
+    go_on = keep_beside(path, content)
+    fail(f"{path} is held by another program, or by Docker as a mount. {go_on}")
 
 
 def check_room(model: nn.Module, path: Path, resume: bool):

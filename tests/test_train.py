@@ -225,6 +225,10 @@ def test_two_runs_that_write_one_checkpoint_lose_no_epoch(
     assert "another run (seed 1)" in message
     assert "--resume --checkpoint synthetic.new.pth" in message
     assert checkpoint.read_bytes() == trained
+    with pytest.raises(SystemExit, match="2"):  # and where the other is no checkpoint
+        checkpoint.write_bytes(b"a letter")
+        train.save_checkpoint({"epoch": 1, "settings": {}}, checkpoint, None)
+    assert torch.load("synthetic.new2.pth", weights_only=True)["epoch"] == 1
     go_on = ["--seed", "2", "--resume", "--checkpoint", "synthetic.new.pth"]
     assert "2 of 3 epochs are done" in call(train, *SMALL, *go_on)[1]
     assert same_bits("synthetic.new.pth", "whole.pth")
