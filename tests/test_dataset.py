@@ -184,7 +184,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_what_a_person_s_tools_leave_is_found(archive, tmp_path, monkeypatch, layout):
-    monkeypatch.setattr(dataset, "MIRRORS", [])  # a download would fail
+    monkeypatch.setattr(dataset, "URLS", [])  # a download would fail
     root = layout(tmp_path, archive)
     before = sorted(tmp_path.rglob("*"))
     assert_all_images(root)
@@ -247,7 +247,7 @@ def test_another_data_set_beside_it_is_passed_over(tree, monkeypatch, capsys):
     (tree / "train" / "@eaDir" / "0.jpg").write_bytes(b"no image")
     (tree / "train" / "dog" / "list.txt").write_text("1, 2")
     assert_all_images(tree)
-    monkeypatch.setattr(dataset, "MIRRORS", [])
+    monkeypatch.setattr(dataset, "URLS", [])
     with pytest.raises(SystemExit, match="2"):
         cifar_dataset(tree.parent / "a")
     assert "no mirror has CIFAR-10 now" in capsys.readouterr().err
@@ -335,7 +335,7 @@ def test_download_names_what_fails_and_takes_the_next(
     nobody = "http://127.0.0.1:9/"
     mirrors = [nobody, "http://a..b/", *(server + kind for kind in reasons)]
     monkeypatch.setattr(dataset, "STALL", 1)
-    monkeypatch.setattr(dataset, "MIRRORS", [*mirrors, server + "good"])
+    monkeypatch.setattr(dataset, "URLS", [*mirrors, server + "good"])
     root = tmp_path / "new folder"
     root.mkdir()
     left_behind = root / f"{CIFAR10.filename}.0a1b.part"  # by a killed run
@@ -350,7 +350,7 @@ def test_download_names_what_fails_and_takes_the_next(
     assert {path.name for path in root.iterdir()} == {CIFAR10.filename, growing.name}
 
     shutil.rmtree(root)
-    monkeypatch.setattr(dataset, "MIRRORS", mirrors)
+    monkeypatch.setattr(dataset, "URLS", mirrors)
     with pytest.raises(SystemExit, match="2"):
         cifar_dataset(root)
     err = capsys.readouterr().err
