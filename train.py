@@ -98,7 +98,7 @@ class Muon(SGD):
         groups = [
             {"params": filters},
             {"params": biases, "lr": 225 * lr, "weight_decay": 4e-5, **usual},
-            {"params": [weight, bias], "lr": lr / 13, "weight_decay": 0.1, **usual},
+            {"params": [weight, bias], "lr": 6 * lr, "weight_decay": 1.4e-3, **usual},
         ]
         super().__init__(groups, lr=lr)
 
