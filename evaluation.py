@@ -252,7 +252,9 @@ def main():
     if args.curves:
         file, *others = args.curves
         lines = {str(x): load_checkpoint(Path(x))["history"] for x in [path, *others]}
-        draw_curves(lines, file, f"{path.name}: {accuracy:.2%} of the test images")
+        draw_curves(
+            lines, file, f"{path.name}: {accuracy:.2%} of {len(test_data):,} images"
+        )
     if args.mistakes:
         draw_mistakes(logits, test_data, Path(args.mistakes))
     done, epochs = checkpoint["epoch"] + 1, checkpoint["settings"].get("epochs", 0)
