@@ -3,7 +3,7 @@
     python train.py             # first: the model that is compared
     python compare_resnet.py    # trains ResNet18, or takes the finished one
 
-    python compare_resnet.py --small-stem    # for 32x32 images: an hour on a CPU
+    python compare_resnet.py --small-stem    # for 32x32 images: an hour
     python compare_resnet.py --plot a.png    # needs: pip install matplotlib
 
 ResNet18 starts from random weights, as ours does: no pretrained part.

@@ -5,8 +5,8 @@
     python train.py --synthetic     # synthetic images, into synthetic.pth
 
 Measured: 90.3 % of the test images right (mean of five seeds) after three
-and a half minutes on two cores. The test images are not used here: that is what
-evaluation.py is for. "The lecture" is the course whose assignment this is.
+and a half minutes on two cores. The test images are not used here: that is
+what evaluation.py is for. "The lecture" is this assignment's course.
 """
 
 import argparse
