@@ -12,6 +12,7 @@ from __future__ import annotations  # for Python 3.9, which ships with macOS
 import errno
 import glob
 import hashlib
+import http.client
 import os
 import pickle
 import re
@@ -21,7 +22,7 @@ import tarfile
 import time
 import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +241,7 @@ def download(root: Path) -> Path:
             if check_integrity(part, CIFAR10.tgz_md5):
                 return part.replace(archive)
             print(f"  failed: cut off or altered (wrong md5): {what_it_is(part)}")
-        except Exception as error:  # a broken server raises a dozen kinds
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise  # a full disk or quota is no fault of the mirror's
             print(f"  failed: {error}")
@@ -253,8 +254,9 @@ def download(root: Path) -> Path:
 def new_part(path: Path) -> Path:
     """A name beside `path` for a new file; what killed processes left there goes."""
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.part*"):
-        if time.time() - left.stat().st_mtime > 10 * STALL:  # it grows no more
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another run was faster
+            if time.time() - left.stat().st_mtime > 10 * STALL:  # it grows no more
+                left.unlink()
     return path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # nobody else's
 
 

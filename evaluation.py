@@ -246,22 +246,23 @@ def main():
     if args.image:
         classify_photo(model, args.image, device)
         return 0
+    others = [Path(x) for x in (args.curves or [])[1:]]  # read before time is spent
+    histories = {str(x): load_checkpoint(x)["history"] for x in others}
+    histories = {str(path): checkpoint["history"], **histories}
     _, test_data = cifar_dataset(args.data, args.synthetic, ["test"], args.holdout)
     logits = predict(model, test_data, device)
     accuracy = report(logits, test_data.labels)
     if args.curves:
-        file, *others = args.curves
-        lines = {str(x): load_checkpoint(Path(x))["history"] for x in [path, *others]}
-        draw_curves(
-            lines, file, f"{path.name}: {accuracy:.2%} of {len(test_data):,} images"
-        )
+        title = f"{path.name}: {accuracy:.2%} of {len(test_data):,} images"
+        draw_curves(histories, args.curves[0], title)
     if args.mistakes:
         draw_mistakes(logits, test_data, Path(args.mistakes))
     done, epochs = checkpoint["epoch"] + 1, checkpoint["settings"].get("epochs", 0)
     if done < epochs:
         print(f"{path} holds {done} of {epochs} epochs: train.py --resume goes on")
-    kind = "held-out training images" if args.holdout else "images"
-    images = "" if len(test_data) == 10_000 else f" of only {len(test_data):,} {kind}"
+    images = "" if len(test_data) == 10_000 else f" of only {len(test_data):,} images"
+    if args.holdout:
+        images = f" of {len(test_data):,} held-out training images"
     if args.synthetic:
         images = " on synthetic images, which says nothing of CIFAR-10"
     verdict = "PASS" if accuracy >= TARGET else "FAIL"

@@ -45,9 +45,7 @@ BATCH_SIZE = 512  # images a step, as in cifar10-airbench; a GPU needs that many
 CRITERION = nn.CrossEntropyLoss(label_smoothing=0.2, reduction="none")
 SMALL_SIZE = 24  # px: smaller images take half the time
 SMALL_EPOCHS = 0.7  # share of the epochs that see them: +0.3 points (fast.ai)
-ALL_EPOCHS = (
-    1 / 6
-)  # share of the epochs, the last ones, that see all images, as the first
+ALL_EPOCHS = 1 / 6  # share of the epochs, the last ones, that see all images
 HARD = 0.3  # share of images, the hardest, that the others always see: +0.5 points
 STOPPED = "stopped: add --resume to go on after the last saved epoch, if there is one"
 MAKE_ROOM = "make room, or name another with --checkpoint, in a folder that is there"
