@@ -15,7 +15,8 @@ import math
 import os
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py, before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # both as in train.py
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 from torch import nn

@@ -12,7 +12,9 @@ import compare_resnet
 import train
 from dataset import CLASSES, ImageDataset, cifar_dataset
 
+# Momentum, for Muon's steps of ResNet18's 11 million weights take long.
 SHORT = ["--synthetic", "--batch-size", "25", "--epochs", "2"]
+SHORT += ["--optimizer", "momentum"]
 
 
 @pytest.fixture(autouse=True)

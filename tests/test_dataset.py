@@ -55,7 +55,7 @@ def test_training_batches_have_the_lecture_s_form():
     images, labels = next(iter(DataLoader(train_data, batch_size=64, shuffle=True)))
     assert (images.shape, images.dtype) == ((64, 3, 32, 32), torch.float32)
     assert (labels.shape, labels.dtype) == ((64,), torch.int64)
-    assert (len(train_data), len(test_data)) == (5000, 1000)
+    assert (len(train_data), len(test_data)) == (2000, 1000)  # see conftest.py
     assert any(not torch.equal(train_data[0][0], train_data[0][0]) for _ in range(20))
     assert torch.equal(test_data[0][0], test_data[0][0])
 
