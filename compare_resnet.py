@@ -86,9 +86,8 @@ def main():
     resnet_path = dataset.file_path(args.resnet_checkpoint or f"{default}.pth")
     cnn, checkpoint = load_cnn(path)
     evaluation.check_kind(checkpoint, args)
-    train_data, test_data = cifar_dataset(
-        args.data, args.synthetic, holdout=args.holdout
-    )
+    source = args.data, args.synthetic, dataset.SPLITS, args.holdout
+    train_data, test_data = cifar_dataset(*source)
     name = "ResNet18 with the small stem" if args.small_stem else "ResNet18"
     settings = {"model": name, **settings_of(args, train_data)}
     resume = args.resume  # a finished one, too: no epoch is left, it is only read
@@ -105,9 +104,8 @@ def main():
     for figure, value in ours.items():
         print(f"{figure:24}{value:>14}{theirs[figure]:>30}")
     if args.plot:
-        evaluation.draw_curves(
-            {"our CNN": checkpoint["history"], name: trained["history"]}, args.plot
-        )
+        histories = {"our CNN": checkpoint["history"], name: trained["history"]}
+        evaluation.draw_curves(histories, args.plot)
 
 
 if __name__ == "__main__":

@@ -396,9 +396,8 @@ def file_path(name) -> Path:
 
 
 def usage_error(message: str):
-    if not hasattr(sys.modules["__main__"], "__file__"):  # a notebook's cell
-        message = "this is a script: start it in a notebook with !python train.py"
-    fail(message)
+    in_cell = not hasattr(sys.modules["__main__"], "__file__")  # of a notebook
+    fail("start it in a notebook with !python train.py" if in_cell else message)
 
 
 def run(main, stopped: str = "stopped"):

@@ -117,9 +117,9 @@ def draw_curves(histories: dict[str, list[dict]], file: str, title: str = ""):
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     figure.suptitle(plain(title))
     for panel, key in zip(panels, ("loss", "accuracy")):
-        for history in histories.values():
+        for name, history in histories.items():
             values = [row.get(key, math.nan) for row in history]  # others' may lack it
-            panel.plot(range(1, len(history) + 1), values, ".-")
+            panel.plot(range(1, len(history) + 1), values, ".-", label=plain(name))
         panel.set(xlabel="epoch", ylabel=f"training {key}")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
@@ -130,18 +130,15 @@ def draw_curves(histories: dict[str, list[dict]], file: str, title: str = ""):
             if history[epoch].get(key, 0) > history[epoch - 1].get(key, 0):
                 panels[0].axvline(epoch + 0.5, color="gray", linestyle=":")
                 panels[0].text(epoch + 0.4, history[1]["loss"], change, rotation=90)
-    # Set afterwards: a label that begins with _ would be left out.
-    texts = panels[1].legend(panels[1].lines, ["-"] * len(histories)).get_texts()
-    for text, name in zip(texts, histories):
-        text.set_text(plain(name))
+    panels[1].legend()
     with usable(file, "name another, such as curves.png"):
         figure.savefig(file, dpi=150, format=Path(file).suffix[1:] or "png")
     print(f"{file}: loss and accuracy of each epoch of training")
 
 
 def plain(name: str) -> str:
-    """For matplotlib: no formula between two $, no byte of a Shift-JIS file name."""
-    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
+    """For matplotlib: no formula between two $, no byte of Shift-JIS, no _ in front."""
+    return " " + name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def classify_photo(model, photo: str, device):
@@ -186,10 +183,9 @@ def read_file(path: Path):
 
 
 def load_checkpoint(path: Path) -> dict:
-    """The checkpoint `path`, ours or the lecture's, checked but for its weights.
+    """The checkpoint `path`, checked but for its weights, or a one-line error.
 
-    `settings`, what train.py was called with, and `history`, a row for each epoch, are
-    empty in the lecture's. What is no checkpoint exits with a one-line error.
+    `settings` and `history`, a row for each epoch, are empty in the lecture's.
     """
     if not path.exists():
         fail(f"there is no {path.absolute()}: train first, without --resume")

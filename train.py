@@ -12,7 +12,6 @@ what evaluation.py is for. "The lecture" is this assignment's course.
 import argparse
 import errno
 import io
-import itertools
 import os
 import shlex
 import subprocess
@@ -67,10 +66,8 @@ def fast_bfloat16(device: torch.device) -> bool:
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """The nearest matrix with orthogonal rows (or columns) of length 1, roughly.
 
-    Three Newton-Schulz steps bring the singular values to about 0.7 to 1.2, tiny ones less.
+    Three Newton-Schulz steps bring singular values to about 0.7 to 1.2, tiny ones less.
     """
-    if len(matrix) > matrix.shape[1]:
-        return orthogonal(matrix.T).T
     x = matrix.bfloat16() if fast_bfloat16(matrix.device) else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(3):
@@ -200,11 +197,7 @@ def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, dev
 
 
 def freeze_first_layer(model: nn.Module, epoch: int):
-    """After the first epoch fix the whitening layer's biases, as its filters are.
-
-    By then they have settled, and the backward pass ends before this layer: a tenth
-    less time.
-    """
+    """After the first epoch fix the whitening's biases: settled, and a tenth less time."""
     if epoch > 0 and isinstance(model, CNN):
         model.whitening.requires_grad_(False)
 
@@ -313,9 +306,8 @@ def save_checkpoint(checkpoint: dict, path: Path, before) -> bytes:
 
 def free_name(path: Path, word: str) -> Path:
     """A file beside `path`: cifar_cnn.old.pth, or .old2.pth where that is taken."""
-    numbers = itertools.chain([""], itertools.count(2))
-    names = (f"{path.stem}.{word}{number}{path.suffix}" for number in numbers)
-    return next(path.with_name(x) for x in names if not path.with_name(x).exists())
+    names = (f"{path.stem}.{word}{i}{path.suffix}" for i in ["", *range(2, 10_000)])
+    return next(x for x in map(path.with_name, names) if not x.exists())
 
 
 def keep_beside(path: Path, content: bytes) -> str:
@@ -329,8 +321,7 @@ def write_whole(path: Path, content: bytes):
     """Write the file `path` whole or not at all: cut short, the old one stays.
 
     Where another program holds the old file (on Windows a virus scanner or OneDrive),
-    it is tried again for 1.5 s. (`tempfile` may hang where Windows lets nobody write:
-    github.com/python/cpython/issues/66305.)
+    it is tried again for 1.5 s.
     """
     part = dataset.new_part(path)
     try:

@@ -134,7 +134,7 @@ def test_curves_are_drawn_from_the_history(call, checkpoint):
     torch.save(checkpoint, "other.pth")
     call(evaluation, SYNTHETIC, "--curves", "curves.png", "other.pth")
     names = [text.get_text() for text in pyplot.gcf().axes[1].get_legend().get_texts()]
-    assert names == ["synthetic.pth", "other.pth"]
+    assert names == [" synthetic.pth", " other.pth"]
 
 
 def test_curves_are_drawn_whatever_a_notebook_has_set(checkpoint):
@@ -155,7 +155,7 @@ def test_curves_are_drawn_whatever_a_notebook_has_set(checkpoint):
 
     evaluation.draw_curves({"_\udc8a$$.pth": [{"loss": 1.0}]}, "curves.png")
     [text] = pyplot.gcf().axes[1].get_legend().get_texts()
-    assert text.get_text() == r"_?\$\$.pth"
+    assert text.get_text() == r" _?\$\$.pth"
 
 
 def test_without_matplotlib_it_is_said_before_anything_else(refused, monkeypatch):
