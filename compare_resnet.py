@@ -42,7 +42,7 @@ def make_resnet(small_stem: bool) -> nn.Module:
     if small_stem:
         resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         resnet.maxpool = nn.Identity()
-    # The recipe wants both, as in our network; a hook renames no weight.
+    # Our recipe needs the divided logits and fixed norm weights; a hook renames no weight.
     resnet.fc.register_forward_hook(lambda *call: call[2] / LOGIT_DIVISOR)
     for module in resnet.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -78,14 +78,14 @@ def main():
     add("--small-stem", action="store_true", help="the form for 32x32 images, slower")
     add("--plot", metavar="FILE", help="draw both histories (needs matplotlib)")
     args = parse_options(parser)
-    if args.plot:
-        evaluation.check_matplotlib("--plot")
     default = "resnet18_small_stem" if args.small_stem else "resnet18_cifar"
     default += "_synthetic" if args.synthetic else ""
     path, device = args.checkpoint, dataset.pick_device(args.device)
     resnet_path = dataset.file_path(args.resnet_checkpoint or f"{default}.pth")
     cnn, checkpoint = load_cnn(path)
     evaluation.check_kind(checkpoint, args)
+    if args.plot:
+        evaluation.check_drawing("--plot", {"our CNN": checkpoint["history"]})
     source = args.data, args.synthetic, dataset.SPLITS, args.holdout
     train_data, test_data = cifar_dataset(*source)
     name = "ResNet18 with the small stem" if args.small_stem else "ResNet18"

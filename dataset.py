@@ -4,7 +4,7 @@
     train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
 
 `DataLoader` asks for a whole batch at once (`__getitems__`): a few tensor operations
-instead of image by image. The end holds what the command lines of all scripts share.
+instead of image by image. The last section is what all command lines share.
 """
 
 from __future__ import annotations  # for Python 3.9, which ships with macOS
@@ -79,7 +79,7 @@ class ImageDataset(Dataset):
         return self.shifted()[:, :, self.edge, self.edge]
 
     def shifted(self) -> torch.Tensor:
-        """A view (N, 3, 5, 5, 32, 32): each image in each shift down and right."""
+        """A view (N, 3, k, k, 32, 32), k = 1 + 2 * edge: 32x32 px at every offset."""
         return self.padded.unfold(2, self.side, 1).unfold(3, self.side, 1)
 
     def to(self, device) -> ImageDataset:
@@ -118,7 +118,7 @@ class ImageDataset(Dataset):
         # Mirrored and then shifted is shifted the other way and then mirrored.
         right = torch.where(mirror, 2 * self.edge - right, right)
         choice = torch.stack([torch.as_tensor(indices), down, right, mirror.long()])
-        # One copy to the device, which does not wait for it.
+        # One transfer instead of four, and the CPU does not wait for it.
         which, down, right, mirror = choice.to(self.padded.device, non_blocking=True)
         images = self.shifted()[which, :, down, right]  # (batch, 3, 32, 32)
         return torch.where(mirror.bool().view(-1, 1, 1, 1), images.flip(3), images)
@@ -253,7 +253,8 @@ def download(root: Path) -> Path:
 
 def new_part(path: Path) -> Path:
     """A name beside `path` for a new file; what killed processes left there goes."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part*"):
+    ours = f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part*"
+    for left in path.parent.glob(ours):
         with suppress(FileNotFoundError):  # another run was faster
             if time.time() - left.stat().st_mtime > 10 * STALL:  # it grows no more
                 left.unlink()
@@ -391,7 +392,7 @@ def parse(parser: ArgumentParser) -> Namespace:
 
 def file_path(name) -> Path:
     """The file of that name, or the one that it links to: a link is not replaced."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 

@@ -5,7 +5,8 @@
     python evaluation.py --curves a.png         # draw how it was trained
     python evaluation.py --image photo.jpg      # ask it about your own photo
 
-It also reads the lecture's checkpoints. There is no test-time augmentation.
+It also reads what the course's own train.py ("the lecture's") saves of our network.
+There is no test-time augmentation.
 """
 
 import math
@@ -40,7 +41,7 @@ def predict(model, data: ImageDataset, device) -> torch.Tensor:
 
 
 def check_kind(checkpoint: dict, args):
-    """Refuse a checkpoint on images of another kind than it was trained for."""
+    """Refuse a checkpoint that was trained with another --synthetic or --holdout."""
     for name in ("synthetic", "holdout"):
         given = getattr(args, name)
         if checkpoint["settings"].get(name, False) != given:
@@ -97,19 +98,19 @@ def draw_mistakes(logits: torch.Tensor, data: ImageDataset, path: Path):
     print(f"{path}: the most confident mistakes of each class")
 
 
-def check_matplotlib(option: str):
-    """Say at once, not after minutes of training, that a drawing needs one more package."""
+def check_drawing(option: str, histories: dict[str, list[dict]]):
+    """Say at once, not after an hour of training, what is missing for a drawing."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own may be missing here
     try:
         import matplotlib.pyplot  # noqa: F401 - is it there, and whole?
     except ImportError as error:
         fail(f"{option} needs matplotlib ({error}): pip install matplotlib")
+    if not all(histories.values()):
+        fail(f"{option}: a checkpoint of the lecture's train.py has no history to draw")
 
 
 def draw_curves(histories: dict[str, list[dict]], file: str, title: str = ""):
     """Draw training loss and accuracy of each epoch; a line for each name."""
-    if not all(histories.values()):
-        fail("a checkpoint of the lecture's train.py has no history to draw")
     from matplotlib import pyplot  # not a requirement of the scripts
 
     pyplot.rcdefaults()  # not with somebody's LaTeX
@@ -125,14 +126,15 @@ def draw_curves(histories: dict[str, list[dict]], file: str, title: str = ""):
         panel.grid(alpha=0.3)
     panels[1].yaxis.set_major_formatter("{x:.0%}")
     history = next(iter(histories.values()))
-    for epoch in range(2, len(history)):  # no fault: the loss jumps with the images
+    for epoch in range(2, len(history)):  # why the loss jumps: larger or more images
         for key, change in (("size", "now 32 px"), ("images", "now all images")):
             if history[epoch].get(key, 0) > history[epoch - 1].get(key, 0):
                 panels[0].axvline(epoch + 0.5, color="gray", linestyle=":")
                 panels[0].text(epoch + 0.4, history[1]["loss"], change, rotation=90)
     panels[1].legend()
+    file = file if Path(file).suffix else f"{file}.png"  # `run1` may be a checkpoint
     with usable(file, "name another, such as curves.png"):
-        figure.savefig(file, dpi=150, format=Path(file).suffix[1:] or "png")
+        figure.savefig(file, dpi=150)
     print(f"{file}: loss and accuracy of each epoch of training")
 
 
@@ -235,8 +237,6 @@ def main():
     add("--image", metavar="FILE", help="name the likeliest classes of this photo")
     args = dataset.parse(parser)
     path, device = args.checkpoint, dataset.pick_device(args.device)
-    if args.curves:
-        check_matplotlib("--curves")
     model, checkpoint = load_cnn(path)
     check_kind(checkpoint, args)
     if args.image:
@@ -245,6 +245,8 @@ def main():
     others = [Path(x) for x in (args.curves or [])[1:]]  # read before time is spent
     histories = {str(x): load_checkpoint(x)["history"] for x in others}
     histories = {str(path): checkpoint["history"], **histories}
+    if args.curves:
+        check_drawing("--curves", histories)
     _, test_data = cifar_dataset(args.data, args.synthetic, ["test"], args.holdout)
     logits = predict(model, test_data, device)
     accuracy = report(logits, test_data.labels)

@@ -22,8 +22,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-# Both before torch is loaded. A thread that waits spins, and beside a busy browser that
-# keeps the other one from its core: a shorter spin trains two to seven times as fast.
+# Both before torch is loaded. Waiting threads spin and, beside a busy browser, take the
+# core from those that work: spinning for less time trains two to seven times as fast.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: large pages, 6 % less time
 
@@ -48,7 +48,7 @@ SMALL_EPOCHS = 0.7  # share of the epochs that see them: +0.3 points (fast.ai)
 ALL_EPOCHS = 1 / 6  # share of the epochs, the last ones, that see all images
 HARD = 0.3  # share of images, the hardest, that the others always see: +0.5 points
 STOPPED = "stopped: add --resume to go on after the last saved epoch, if there is one"
-MAKE_ROOM = "make room, or name another with --checkpoint, in a folder that is there"
+MAKE_ROOM = "make room, or name another file, in a folder that is there"
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -82,8 +82,8 @@ class Muon(SGD):
     A filter bank's gradient, as a matrix, is mostly a few directions that many images
     share; made orthogonal, the step goes equally far in every direction: +0.6 points
     (Jordan et al. 2024, kellerjordan.github.io/posts/muon; torch.optim.Muon takes
-    matrices only). The numbers follow KellerJordan/cifar10-airbench; `lr` is the
-    filters' rate.
+    matrices only). The numbers, also the large factors of `lr`, the filters' rate, follow
+    KellerJordan/cifar10-airbench.
     """
 
     def __init__(self, parameters, lr: float):
@@ -125,12 +125,12 @@ OPTIMIZERS = {
 def train_epoch(model, loader, optimizer, scheduler, device):
     """One pass over the loader's images.
 
-    Returns a row of the history (mean loss, accuracy from 0 to 1, the next learning rate,
+    Returns a row of the history (mean loss, accuracy from 0 to 1, first learning rate,
     seconds), and the loss of each image that it saw, float32, in their order. Loss and
     accuracy are of augmented, mostly hard images; the loss is smoothed (CRITERION).
     """
     model.train()
-    start = time.perf_counter()
+    start, rate = time.perf_counter(), scheduler.get_last_lr()[0]
     fast = fast_bfloat16(device)
     correct, losses = 0, []  # on the device: no step waits for their numbers
     for images, labels in progress(loader):
@@ -148,7 +148,7 @@ def train_epoch(model, loader, optimizer, scheduler, device):
     row = {
         "loss": losses.mean().item(),
         "accuracy": correct.item() / len(losses),
-        "learning_rate": scheduler.get_last_lr()[0],
+        "learning_rate": rate,
         "seconds": time.perf_counter() - start,
     }
     return row, losses
@@ -158,11 +158,10 @@ def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, dev
     """Train `model` with `settings`; write the checkpoint `path` after each epoch.
 
     With `resume` it goes on after the last finished epoch and ends, on a CPU, with the
-    same bits as without the break: an epoch's random numbers follow from seed and epoch
-    alone, and the checkpoint, which it returns, holds all else that it depends on.
+    same bits as without the break. Returns the last checkpoint.
     """
     seed, batch_size = settings["seed"], settings["batch_size"]
-    written = path.read_bytes() if path.exists() else None  # what it may replace
+    before = path.read_bytes() if path.exists() else None  # all that it may replace
     plan = plan_epochs(settings["epochs"], batch_size, len(train_data))
     parameters = [x for x in model.to(device).parameters() if x.requires_grad]
     optimizer = OPTIMIZERS[settings["optimizer"]](parameters, lr=settings["lr"])
@@ -172,17 +171,18 @@ def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, dev
     scheduler = make_scheduler(optimizer, plan, batch_size, len(history))
     print_start(model, len(plan), device)
     for epoch, (count, size) in list(enumerate(plan))[len(history) :]:
-        torch.manual_seed(1000 * seed + epoch)
+        torch.manual_seed(1000 * seed + epoch)  # for a resumed run, too
         train_data.to(device).set_epoch(epoch, size, seed)
         chosen = choose(image_losses, count)
         # drop_last: what batch norm finds in a last batch of a few images is noise.
         loader = DataLoader(train_data, batch_size, sampler=chosen, drop_last=True)
-        freeze_first_layer(model, epoch)
+        if epoch > 0 and isinstance(model, CNN):  # settled, and a tenth less time
+            model.whitening.requires_grad_(False)
         row, losses = train_epoch(model, loader, optimizer, scheduler, device)
         check_finite(losses, model)
         image_losses[chosen[: len(losses)]] = losses  # drop_last left the end out
         history.append({**row, "images": count, "size": size})
-        checkpoint = {
+        checkpoint = {  # all of a run's state; check_room knows its size
             "epoch": epoch,
             "model_state_dict": model.state_dict(),
             "optimizer_state_dict": optimizer.state_dict(),
@@ -191,15 +191,9 @@ def fit(model, train_data: ImageDataset, settings: dict, path: Path, resume, dev
             "history": history,
             "image_losses": image_losses,
         }
-        written = save_checkpoint(checkpoint, path, written)
+        before = save_checkpoint(checkpoint, path, before)
         print_epoch(history, plan)
     return checkpoint
-
-
-def freeze_first_layer(model: nn.Module, epoch: int):
-    """After the first epoch fix the whitening's biases: settled, and a tenth less time."""
-    if epoch > 0 and isinstance(model, CNN):
-        model.whitening.requires_grad_(False)
 
 
 def check_finite(losses: torch.Tensor, model: nn.Module):
@@ -314,7 +308,7 @@ def keep_beside(path: Path, content: bytes) -> str:
     """Keep the epoch that cannot take the place of `path`; return how to go on."""
     new = free_name(path, "new")
     new.write_bytes(content)
-    return f"This epoch is kept as {new}: to go on add --resume --checkpoint {new}"
+    return f"This epoch is kept as {new}: name that file and add --resume to go on"
 
 
 def write_whole(path: Path, content: bytes):
@@ -333,7 +327,7 @@ def write_whole(path: Path, content: bytes):
             except OSError as error:  # some network drives cannot say
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                     raise
-        for wait in (0.1, 0.2, 0.4, 0.8):  # s
+        for wait in (0.1, 0.2, 0.4, 0.8, 0):  # s
             try:
                 return os.replace(part, path)
             except OSError as error:
@@ -373,7 +367,7 @@ def restore(path: Path, model, optimizer, settings: dict) -> dict:
     """
     checkpoint = load_checkpoint(path)
     with usable(path, CHOOSE):
-        if "image_losses" not in checkpoint:
+        if "image_losses" not in checkpoint:  # the newest key
             raise ValueError("an older train.py's or the lecture's: it cannot go on")
         for name, value in settings.items():
             if (was := checkpoint["settings"].get(name, "unknown")) != value:

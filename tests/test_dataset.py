@@ -338,10 +338,10 @@ def test_download_names_what_fails_and_takes_the_next(
     monkeypatch.setattr(dataset, "URLS", [*mirrors, server + "good"])
     root = tmp_path / "new folder"
     root.mkdir()
-    left_behind = root / f"{CIFAR10.filename}.0a1b.part"  # by a killed run
+    left_behind = root / f"{CIFAR10.filename}.0a1b2c3d.part"  # by a killed run
     left_behind.touch()
     os.utime(left_behind, (0, 0))
-    growing = root / f"{CIFAR10.filename}.9c8b.part"  # another process's
+    growing = root / f"{CIFAR10.filename}.9c8b7a6d.part"  # another process's
     growing.touch()
     assert_all_images(root)
     out = capsys.readouterr().out

@@ -10,6 +10,7 @@ import zipfile
 from collections import Counter
 from operator import delitem
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_curves_are_drawn_whatever_a_notebook_has_set(checkpoint):
         check=False,
     )
     assert (run.returncode, run.stderr) == (0, b"")
-    assert Path("curves").exists()
+    assert Path("curves.png").exists()
     from matplotlib import pyplot
 
     evaluation.draw_curves({"_\udc8a$$.pth": [{"loss": 1.0}]}, "curves.png")
@@ -158,11 +159,18 @@ def test_curves_are_drawn_whatever_a_notebook_has_set(checkpoint):
     assert text.get_text() == r" _?\$\$.pth"
 
 
-def test_without_matplotlib_it_is_said_before_anything_else(refused, monkeypatch):
+def test_what_a_drawing_lacks_is_said_before_the_evaluation(
+    refused, checkpoint, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "cifar_dataset", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    message = refused(evaluation, SYNTHETIC, "--curves", "a.png")  # no checkpoint, too
+    message = refused(evaluation, SYNTHETIC, "--curves", "a.png")
     assert "pip install matplotlib" in message
+    monkeypatch.setitem(sys.modules, "matplotlib", Mock())
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", Mock())
+    saved(lambda saved: delitem(saved, "history"))(checkpoint)  # as the lecture's
+    assert "no history" in refused(evaluation, SYNTHETIC, "--curves", "a.png")
 
 
 def test_whitening_makes_the_outputs_uncorrelated():
@@ -369,7 +377,7 @@ def test_ctrl_c_while_saving_leaves_the_old_checkpoint(
 
 @pytest.mark.parametrize(
     ("times", "reason"),  # Windows; a file that Docker has mounted by itself
-    [(2, errno.EACCES), (99, errno.EACCES), (99, errno.EBUSY)],
+    [(4, errno.EACCES), (99, errno.EACCES), (99, errno.EBUSY)],
 )
 def test_a_file_that_is_locked_is_tried_again(
     checkpoint, trained, monkeypatch, capsys, times, reason
@@ -383,10 +391,13 @@ def test_a_file_that_is_locked_is_tried_again(
         replace(*names)
 
     monkeypatch.setattr(train.os, "replace", locked)
-    if times == 2:
+    waits = []
+    monkeypatch.setattr(train.time, "sleep", waits.append)
+    if times == 4:  # it is free after 1.5 s
         train.save_checkpoint({"epoch": 1}, checkpoint, checkpoint.read_bytes())
         assert torch.load(checkpoint, weights_only=True) == {"epoch": 1}
         assert os.listdir() == ["synthetic.pth"]
+        assert sum(waits) == pytest.approx(1.5)
         return
     with pytest.raises(SystemExit, match="2"):
         train.save_checkpoint({"epoch": 1}, checkpoint, checkpoint.read_bytes())

@@ -222,7 +222,7 @@ def test_two_runs_that_write_one_checkpoint_lose_no_epoch(
         patch.setattr(train, "print_epoch", then_another)
         message = refused(train, *SMALL, "--seed", "2")
     assert "another run" in message
-    assert "--resume --checkpoint synthetic.new.pth" in message
+    assert "synthetic.new.pth: name that file and add --resume" in message
     assert checkpoint.read_bytes() == trained
     with pytest.raises(SystemExit, match="2"):  # and where the other is no checkpoint
         checkpoint.write_bytes(b"a letter")
@@ -243,12 +243,14 @@ def test_two_runs_write_into_files_of_their_own(tmp_path, monkeypatch):
         replace(part, path)
 
     monkeypatch.setattr(train.os, "replace", then_another)
-    Path("synthetic.pth.0a1b.part").touch()  # as a killed run leaves it
-    os.utime("synthetic.pth.0a1b.part", (0, 0))
+    Path("synthetic.pth.0a1b2c3d.part").touch()  # as a killed run leaves it
+    os.utime("synthetic.pth.0a1b2c3d.part", (0, 0))
+    Path("synthetic.pth.zip.part1").touch()  # somebody's
+    os.utime("synthetic.pth.zip.part1", (0, 0))
     train.write_whole(path, b"one")
     assert parts[0] != parts[1]
     assert path.read_bytes() == b"one"
-    assert os.listdir() == ["synthetic.pth"]
+    assert sorted(os.listdir()) == ["synthetic.pth", "synthetic.pth.zip.part1"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
