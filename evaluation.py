@@ -130,7 +130,7 @@ def draw_curves(histories: dict[str, list[dict]], file: str, title: str = ""):
         for key, change in (("size", "now 32 px"), ("images", "now all images")):
             if history[epoch].get(key, 0) > history[epoch - 1].get(key, 0):
                 panels[0].axvline(epoch + 0.5, color="gray", linestyle=":")
-                panels[0].text(epoch + 0.4, history[1]["loss"], change, rotation=90)
+                panels[0].text(epoch + 0.1, history[1]["loss"], change, rotation=90)
     panels[1].legend()
     file = file if Path(file).suffix else f"{file}.png"  # `run1` may be a checkpoint
     with usable(file, "name another, such as curves.png"):

@@ -31,8 +31,8 @@ def conv_norm(channels_in: int, channels: int) -> list[nn.Module]:
 class Block(nn.Module):
     """A 3x3 convolution and a pooling to half the size, then `depth` more convolutions.
 
-    Pooling comes before norm and GELU and leaves them a quarter of the work (airbench,
-    too). A shortcut adds the halved features to what the `depth` convolutions make of
+    As in airbench96: pooling comes before norm and GELU and leaves them a quarter of the
+    work; a shortcut adds the halved features to what the `depth` convolutions make of
     them (He et al. 2015). Depths 1, 2, 2, not 1, 1, 1, are worth 0.7 points.
     """
 
