@@ -408,6 +408,7 @@ def run(main, stopped: str = "stopped"):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # of odd but readable photos
     warnings.filterwarnings("ignore", message="Converting a tensor")  # a loss with grad
+    warnings.filterwarnings("ignore", message="thp madvise")  # a kernel without them
     try:
         sys.exit(main())
     except KeyboardInterrupt:
