@@ -258,7 +258,8 @@ def new_part(path: Path) -> Path:
         with suppress(FileNotFoundError):  # another run was faster
             if time.time() - left.stat().st_mtime > 10 * STALL:  # it grows no more
                 left.unlink()
-    return path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # nobody else's
+    # Nobody else's name; `tempfile` may hang on Windows (python/cpython#66305).
+    return path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
 
 
 def find_class_folders(root: Path) -> Path | None:
@@ -408,7 +409,7 @@ def run(main, stopped: str = "stopped"):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # of odd but readable photos
     warnings.filterwarnings("ignore", message="Converting a tensor")  # a loss with grad
-    warnings.filterwarnings("ignore", message="thp madvise")  # a kernel without them
+    warnings.filterwarnings("ignore", message="thp madvise")  # no large pages
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -105,8 +105,8 @@ def check_drawing(option: str, histories: dict[str, list[dict]]):
         import matplotlib.pyplot  # noqa: F401 - is it there, and whole?
     except ImportError as error:
         fail(f"{option} needs matplotlib ({error}): pip install matplotlib")
-    if not all(histories.values()):
-        fail(f"{option}: a checkpoint of the lecture's train.py has no history to draw")
+    if empty := [name for name, history in histories.items() if not history]:
+        fail(f"{option}: {', '.join(empty)} has no history (the lecture's have none)")
 
 
 def draw_curves(histories: dict[str, list[dict]], file: str, title: str = ""):
@@ -120,7 +120,8 @@ def draw_curves(histories: dict[str, list[dict]], file: str, title: str = ""):
     for panel, key in zip(panels, ("loss", "accuracy")):
         for name, history in histories.items():
             values = [row.get(key, math.nan) for row in history]  # others' may lack it
-            panel.plot(range(1, len(history) + 1), values, ".-", label=plain(name))
+            label = " " + plain(name)  # a _ in front would hide it
+            panel.plot(range(1, len(history) + 1), values, ".-", label=label)
         panel.set(xlabel="epoch", ylabel=f"training {key}")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
@@ -130,17 +131,19 @@ def draw_curves(histories: dict[str, list[dict]], file: str, title: str = ""):
         for key, change in (("size", "now 32 px"), ("images", "now all images")):
             if history[epoch].get(key, 0) > history[epoch - 1].get(key, 0):
                 panels[0].axvline(epoch + 0.5, color="gray", linestyle=":")
-                panels[0].text(epoch + 0.1, history[1]["loss"], change, rotation=90)
+                where = epoch + 0.5, history[1]["loss"]
+                panels[0].text(*where, change, rotation=90, ha="right")
     panels[1].legend()
-    file = file if Path(file).suffix else f"{file}.png"  # `run1` may be a checkpoint
+    path = Path(file)
     with usable(file, "name another, such as curves.png"):
-        figure.savefig(file, dpi=150)
-    print(f"{file}: loss and accuracy of each epoch of training")
+        path = path if path.suffix else path.with_suffix(".png")  # not over `run1`
+        figure.savefig(path, dpi=150)
+    print(f"{path}: loss and accuracy of each epoch of training")
 
 
 def plain(name: str) -> str:
-    """For matplotlib: no formula between two $, no byte of Shift-JIS, no _ in front."""
-    return " " + name.encode("utf-8", "replace").decode().replace("$", r"\$")
+    """For matplotlib: no formula between two $, no byte of a Shift-JIS file name."""
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def classify_photo(model, photo: str, device):

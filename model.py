@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 WIDTH = 32  # channels of the first block; the next have 2 and 4 times as many
-LOGIT_DIVISOR = 9  # the features are large: else the last layer needs a far lower rate
+LOGIT_DIVISOR = 9  # as cifar10-airbench: else the last layer needs a far lower rate
 PATCH = 2  # px: the first layer looks at 2x2 patches, as in hlb-CIFAR10
 
 
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
     As in airbench96: pooling comes before norm and GELU and leaves them a quarter of the
     work; a shortcut adds the halved features to what the `depth` convolutions make of
-    them (He et al. 2015). Depths 1, 2, 2, not 1, 1, 1, are worth 0.7 points.
+    them (He et al. 2015). Depths 1, 2, 2: +0.7 points for a tenth more time than 1, 1, 1.
     """
 
     def __init__(self, channels_in: int, channels: int, depth: int):

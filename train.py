@@ -82,8 +82,8 @@ class Muon(SGD):
     A filter bank's gradient, as a matrix, is mostly a few directions that many images
     share; made orthogonal, the step goes equally far in every direction: +0.6 points
     (Jordan et al. 2024, kellerjordan.github.io/posts/muon; torch.optim.Muon takes
-    matrices only). The numbers, also the large factors of `lr`, the filters' rate, follow
-    KellerJordan/cifar10-airbench.
+    matrices only). The numbers, including the large multiples of `lr` (the filters' rate),
+    follow KellerJordan/cifar10-airbench.
     """
 
     def __init__(self, parameters, lr: float):

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -111,6 +112,11 @@ def test_what_is_missing_is_named_before_any_training(refused, checkpoint, monke
     assert "pip install matplotlib" in refused(
         compare_resnet, *SHORT, "--plot", "a.png"
     )
+    monkeypatch.setitem(sys.modules, "matplotlib", Mock())
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", Mock())
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save({**saved, "history": []}, checkpoint)
+    assert "no history" in refused(compare_resnet, *SHORT, "--plot", "a.png")
     checkpoint.unlink()
     assert "train first" in refused(compare_resnet, *SHORT)
 

@@ -48,6 +48,7 @@ def test_one_line_an_epoch_no_bar_in_a_pipe_and_the_same_bits_again(call, checkp
     assert [line[:9] for line in epochs] == ["Epoch: 1/", "Epoch: 2/", "Epoch: 3/"]
     assert all(len(line) < 80 for line in epochs)
     assert epochs[2].startswith("Epoch: 3/3, Loss: ")
+    assert ", Rate: 0.12, " in epochs[0]
     assert same_bits(checkpoint, "again.pth")
     call(train, *SMALL, "--checkpoint", "other.pth", "--seed", "2")
     first, other = (
@@ -429,6 +430,7 @@ def test_a_finished_run_says_so_and_other_options_are_refused(
         ["--device", "meta"],
         ["--checkpoint", "."],
         ["--checkpoint", "no folder/synthetic.pth"],
+        ["--checkpoint", "~nobody/synthetic.pth"],
         ["--checkpoint", "synthetic.pth/synthetic.pth"],
         ["--resume", "--checkpoint", "missing.pth"],
         ["--unknown"],
