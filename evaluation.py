@@ -131,8 +131,8 @@ def draw_curves(histories: dict[str, list[dict]], file: str, title: str = ""):
         for key, change in (("size", "now 32 px"), ("images", "now all images")):
             if history[epoch].get(key, 0) > history[epoch - 1].get(key, 0):
                 panels[0].axvline(epoch + 0.5, color="gray", linestyle=":")
-                where = epoch + 0.5, history[1]["loss"]
-                panels[0].text(*where, change, rotation=90, ha="right")
+                where = {"x": epoch + 0.5, "y": history[0]["loss"]}
+                panels[0].text(s=change, **where, rotation=90, ha="right", va="top")
     panels[1].legend()
     path = Path(file)
     with usable(file, "name another, such as curves.png"):
