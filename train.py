@@ -5,7 +5,7 @@
     python train.py --synthetic     # synthetic images, into synthetic.pth
 
 Measured: 90.3 % of the test images right (mean of five seeds) after three
-and a half minutes on two cores. The test images are not used here: that is
+minutes on two cores of a server. The test images are not used here: that is
 what evaluation.py is for. "The lecture" is this assignment's course.
 """
 
