@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import all_images
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
@@ -50,12 +51,13 @@ def test_batch_path_and_single_path_agree_with_torchvision(data):
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
 
 
-def test_training_batches_have_the_lecture_s_form():
+def test_training_batches_have_the_lecture_s_form(monkeypatch):
+    monkeypatch.setattr(dataset, "synthetic_images", all_images)
     train_data, test_data = cifar_dataset(synthetic=True)
     images, labels = next(iter(DataLoader(train_data, batch_size=64, shuffle=True)))
     assert (images.shape, images.dtype) == ((64, 3, 32, 32), torch.float32)
     assert (labels.shape, labels.dtype) == ((64,), torch.int64)
-    assert (len(train_data), len(test_data)) == (2000, 1000)  # see conftest.py
+    assert (len(train_data), len(test_data)) == (5000, 1000)
     assert any(not torch.equal(train_data[0][0], train_data[0][0]) for _ in range(20))
     assert torch.equal(test_data[0][0], test_data[0][0])
 
