@@ -233,33 +233,40 @@ def download(root: Path) -> Path:
     socket.setdefaulttimeout(STALL)  # torch.hub would wait for ever
     root.mkdir(parents=True, exist_ok=True)
     archive = root / CIFAR10.filename
-    part = new_part(archive)  # never named as if it were whole
     for url in URLS:
         print(f"Downloading {url} into {root}/")
         try:
-            torch.hub.download_url_to_file(url, part, progress=on_terminal())
-            if check_integrity(part, CIFAR10.tgz_md5):
-                return part.replace(archive)
-            print(f"  failed: cut off or altered (wrong md5): {what_it_is(part)}")
+            with new_part(archive) as part:  # never named as if it were whole
+                torch.hub.download_url_to_file(url, part, progress=on_terminal())
+                if check_integrity(part, CIFAR10.tgz_md5):
+                    return part.replace(archive)
+                print(f"  failed: cut off or altered (wrong md5): {what_it_is(part)}")
         except (OSError, ValueError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise  # a full disk or quota is no fault of the mirror's
             print(f"  failed: {error}")
-        finally:
-            part.unlink(missing_ok=True)
     put = f"put {CIFAR10.filename} into {root}/, or name its place with --data"
     fail(f"no mirror has CIFAR-10 now: {put}, or try: python train.py --synthetic")
 
 
-def new_part(path: Path) -> Path:
-    """A name beside `path` for a new file; what killed processes left there goes."""
+@contextmanager
+def new_part(path: Path):
+    """A name beside `path` for a new file, which is removed if it is still there.
+
+    What killed processes left goes, too. A file that a virus scanner holds may stay.
+    """
     ours = f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part*"
     for left in path.parent.glob(ours):
-        with suppress(FileNotFoundError):  # another run was faster
+        with suppress(OSError):
             if time.time() - left.stat().st_mtime > 10 * STALL:  # it grows no more
                 left.unlink()
     # Nobody else's name; `tempfile` may hang on Windows (python/cpython#66305).
-    return path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+    try:
+        yield part
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def find_class_folders(root: Path) -> Path | None:
@@ -339,7 +346,7 @@ def usable(path, way_out: str):
     """
     try:
         yield
-    except BrokenPipeError:  # of our own output; see `run`
+    except (BrokenPipeError, MemoryError):  # no fault of the file's; see `run`
         raise
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
         fail(f"{path} cannot be used ({in_words(error)}): {way_out}")

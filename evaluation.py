@@ -63,7 +63,7 @@ def report(logits: torch.Tensor, labels: torch.Tensor) -> float:
     print(f"Loss: {torch.nn.functional.cross_entropy(logits, labels):.4f}")
     print("Accuracy of each class:")
     for name, row, right in zip(CLASSES, confusion, confusion.diagonal()):
-        share = (right / row.sum().clamp(min=1)).item()
+        share = (right / row.sum()).item()
         print(f"  {name:10} {share:7.2%}  {'#' * round(40 * share)}")  # fits 80
     print("Most frequent confusions:")
     wrong = confusion.fill_diagonal_(0).flatten()

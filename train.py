@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -207,8 +206,7 @@ def progress(loader: DataLoader):
 
     def show(text: str):
         if dataset.on_terminal():
-            with suppress(OSError):  # the terminal was closed; the run goes on
-                print(f"\r{text}", end="", file=sys.stderr, flush=True)
+            print(f"\r{text}", end="", file=sys.stderr, flush=True)
 
     for number, batch in enumerate(loader):
         show(f"[{'#' * (20 * number // len(loader)):20}] {number}/{len(loader)}")
@@ -288,7 +286,7 @@ def save_checkpoint(checkpoint: dict, path: Path, before) -> bytes:
     buffer = io.BytesIO()  # torch.save itself would call a full disk a RuntimeError
     torch.save(checkpoint, buffer)
     content = buffer.getvalue()
-    with usable(path, MAKE_ROOM):
+    with usable(path, "make room and add --resume to go on after the last saved epoch"):
         if path.exists() and path.read_bytes() != before:
             fail(f"{path} is written by another run, too. {keep_beside(path, content)}")
         if checkpoint["epoch"] == 0 and path.exists():
@@ -316,8 +314,7 @@ def write_whole(path: Path, content: bytes):
     Where another program holds the old file (on Windows a virus scanner or OneDrive),
     it is tried again for 1.5 s.
     """
-    part = dataset.new_part(path)
-    try:
+    with dataset.new_part(path) as part:
         with open(part, "xb") as file:
             file.write(content)
             file.flush()
@@ -333,8 +330,6 @@ def write_whole(path: Path, content: bytes):
                 if error.errno not in (errno.EACCES, errno.EPERM, errno.EBUSY):
                     raise
                 time.sleep(wait)
-    finally:
-        part.unlink(missing_ok=True)
     go_on = keep_beside(path, content)
     fail(f"{path} is held by another program, or by Docker as a mount. {go_on}")
 
@@ -348,12 +343,8 @@ def check_room(model: nn.Module, path: Path, resume: bool):
     """
     size = 3 * sum(weight.nbytes for weight in model.state_dict().values())
     size += 2**20  # the losses of 50,000 images, the history, the names
-    with usable(path, MAKE_ROOM):
-        trial = dataset.new_part(path)
-        try:
-            trial.write_bytes(bytes(size if resume else 2 * size))
-        finally:
-            trial.unlink(missing_ok=True)
+    with usable(path, MAKE_ROOM), dataset.new_part(path) as trial:
+        trial.write_bytes(bytes(size if resume else 2 * size))
     if path.exists() and not resume:
         load_checkpoint(path)  # nothing else is replaced: no script, no photo
         print(f"{path} exists: the first epoch keeps it as {free_name(path, 'old')}")
@@ -365,12 +356,13 @@ def restore(path: Path, model, optimizer, settings: dict) -> dict:
     Returns the checkpoint. Other settings than its own are refused by name.
     """
     checkpoint = load_checkpoint(path)
+    same = "give the same options, --data too, or name another file"
     with usable(path, CHOOSE):
         if "image_losses" not in checkpoint:  # the newest key
             raise ValueError("an older train.py's or the lecture's: it cannot go on")
         for name, value in settings.items():
             if (was := checkpoint["settings"].get(name, "unknown")) != value:
-                fail(f"{path} has {name} {was}, not {value}: use it, or another file")
+                fail(f"{path} has {name} {was}, not {value}: {same}")
         load_weights(model, checkpoint["model_state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     print(f"{path}: {checkpoint['epoch'] + 1} of {settings['epochs']} epochs are done")

@@ -399,6 +399,11 @@ def test_a_file_that_is_locked_is_tried_again(
         assert os.listdir() == ["synthetic.pth"]
         assert sum(waits) == pytest.approx(1.5)
         return
+
+    def held(*_, **__):
+        raise PermissionError(errno.EACCES, "it is in use")
+
+    monkeypatch.setattr(Path, "unlink", held)  # a scanner reads the new file, too
     with pytest.raises(SystemExit, match="2"):
         train.save_checkpoint({"epoch": 1}, checkpoint, checkpoint.read_bytes())
     assert "synthetic.new.pth" in capsys.readouterr().err

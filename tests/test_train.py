@@ -463,6 +463,12 @@ def test_too_little_memory_is_named(refused, monkeypatch):
     monkeypatch.setattr(train, "fit", allocate)
     assert "not enough memory" in refused(train, *SMALL)
 
+    def use_up(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "write_bytes", use_up)  # the file is not at fault
+    assert "not enough memory" in refused(train, *SMALL)
+
 
 def test_a_full_disk_leaves_the_old_checkpoint(
     refused, checkpoint, trained, monkeypatch
@@ -472,7 +478,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(
 
     with monkeypatch.context() as patch:  # full while an epoch is saved
         patch.setattr(train.os, "fsync", full)
-        assert "No space left" in refused(train, *SMALL)
+        message = refused(train, *SMALL)
+        assert "No space left" in message and "add --resume" in message
 
     write = Path.write_bytes
 
