@@ -416,7 +416,8 @@ def run(main, stopped: str = "stopped"):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # of odd but readable photos
     warnings.filterwarnings("ignore", message="Converting a tensor")  # a loss with grad
-    warnings.filterwarnings("ignore", message="thp madvise")  # no large pages
+    # Of kernels without large pages, of NumPy 2.4.0 to 2.4.4 at the official images.
+    warnings.filterwarnings("ignore", message=r"thp madvise|dtype\(\): align")
     try:
         sys.exit(main())
     except KeyboardInterrupt:

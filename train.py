@@ -59,7 +59,8 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and cpu.get("avx512_bf16", False)
+    fatal = os.name == "nt" and cpu.get("amx_tile")  # uxlfoundation/oneDNN issue 5689
+    return device.type == "cpu" and cpu.get("avx512_bf16", False) and not fatal
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:

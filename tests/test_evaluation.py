@@ -318,7 +318,7 @@ def save_zip(path):
 
 
 SOUND = {
-    "TorchScript": lambda path: torch.jit.script(torch.nn.Linear(2, 2)).save(path),
+    "TorchScript": lambda path: torch.jit.script(torch.nn.Linear(2, 2)).save(path.name),
     "a zip": save_zip,
     "safetensors": lambda path: path.write_bytes(b"\2\0\0\0\0\0\0\0{}"),
 }
