@@ -257,7 +257,7 @@ def new_part(path: Path):
     """
     ours = f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part*"
     for left in path.parent.glob(ours):
-        with suppress(OSError):
+        with suppress(OSError):  # another run was faster, or a scanner holds it
             if time.time() - left.stat().st_mtime > 10 * STALL:  # it grows no more
                 left.unlink()
     # Nobody else's name; `tempfile` may hang on Windows (python/cpython#66305).

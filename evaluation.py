@@ -174,10 +174,13 @@ def read_file(path: Path):
                 raise ValueError(f"the bytes of its {changed} have changed")
     elif tarfile.is_tarfile(path):
         raise ValueError("it is a tar")  # may run code up to torch 2.5: CVE-2025-32434
+    named = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats that are refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(found, dict):  # torch 2.2 reads TorchScript, too
+            return found
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
         # torch's own words advise to let the file run code; ours never do.
         named = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
