@@ -109,8 +109,8 @@ class Muon(SGD):
         super().step()
 
 
-# Muon and the lecture's five, at the best of three or more rates (`lr`, of the first step)
-# and weight decays each, tried on held-out training images.
+# Muon and the lecture's five. For these, rate (`lr`, of the first step) and weight decay
+# are chosen among three or more each, on held-out training images.
 OPTIMIZERS = {
     "muon": partial(Muon, lr=0.12),
     "sgd": partial(SGD, lr=3.0, weight_decay=2e-3),
