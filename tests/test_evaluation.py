@@ -1,35 +1,39 @@
-"""What evaluation.py and checkpoints promise: right figures, and nothing unsafe."""
+"""What evaluation.py promises: right figures, and nothing unsafe from a checkpoint."""
 
-import errno
 import os
-import random
-import subprocess
+import pickle
+import shlex
 import sys
 import tarfile
-import zipfile
 from collections import Counter
-from operator import delitem
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, SCRIPTS, copy_scripts, load, start
 from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
 
-import dataset
 import evaluation
-import model
-import train
 from dataset import CLASSES, cifar_dataset
+from model import CNN
 
 SYNTHETIC = "--synthetic"
 
 
+def logits_of(checkpoint):
+    """What the network of a checkpoint says of the test images, and those."""
+    network, _ = evaluation.load_cnn(checkpoint)
+    _, test_data = cifar_dataset(synthetic=True)
+    return evaluation.predict(network, test_data, CPU), test_data
+
+
 def test_report_agrees_with_a_plain_count(call, checkpoint):
     status, out, _ = call(evaluation, SYNTHETIC)
-    network, _ = evaluation.load_cnn(checkpoint)
-    network.eval()
+    network = CNN(8).eval()
+    network.load_state_dict(load(checkpoint)["model_state_dict"])
     _, test_data = cifar_dataset(synthetic=True)
     correct, loss, right_of, mistakes = 0, 0, Counter(), Counter()
     with torch.no_grad():
@@ -50,49 +54,57 @@ def test_report_agrees_with_a_plain_count(call, checkpoint):
     worst = [line.strip().split(" x ") for line in lines[14:19]]
     assert [int(times) for times, _ in worst] == sorted(mistakes.values())[:-6:-1]
     assert all(mistakes[mistake] == int(times) for times, mistake in worst)
-    passed = correct >= 550
-    assert status == (0 if passed else 1)
-    assert lines[-1].startswith("PASS" if passed else "FAIL")
-    assert "says nothing of CIFAR-10" in lines[-1]
+    assert f": {correct / 1000:.2%} of 1,000 synthetic images (" in lines[-1]
+    assert status == (0 if correct >= 550 else 1)
 
 
-def test_below_the_target_it_fails_with_status_1(call, checkpoint, monkeypatch):
-    monkeypatch.setattr(evaluation, "TARGET", 1.01)
-    status, out, _ = call(evaluation, SYNTHETIC)
-    assert status == 1
-    assert out.splitlines()[-1].startswith("FAIL")
-    monkeypatch.setattr(evaluation, "report", lambda *_: 1.01)
-    status, out, _ = call(evaluation, SYNTHETIC)
-    assert status == 0  # just reached
-    assert "epochs" not in out
-    saved(lambda saved: saved["settings"].update(epochs=9))(checkpoint)
+def test_the_status_is_the_verdict(call, checkpoint, monkeypatch):
+    for accuracy, status, word in ((0.55, 0, "PASS"), (0.5499, 1, "FAIL")):
+        monkeypatch.setattr(evaluation, "report", lambda *_, x=accuracy: x)
+        found, out, _ = call(evaluation, SYNTHETIC)
+        assert (found, out[:4], "epochs" in out) == (status, word, False)
+    change(checkpoint, lambda saved: saved["settings"].update(epochs=9))
     assert "synthetic.pth holds 3 of 9 epochs" in call(evaluation, SYNTHETIC)[1]
 
 
-def test_a_test_set_that_is_not_whole_is_named(call, checkpoint, monkeypatch):
-    saved(lambda saved: saved["settings"].update(synthetic=False))(checkpoint)
-    few = cifar_dataset(synthetic=True)
-    monkeypatch.setattr(evaluation, "cifar_dataset", lambda *_, **__: few)
-    out = call(evaluation, "--checkpoint", "synthetic.pth")[1]
-    assert "of only 1,000 images" in out.splitlines()[-1]
+def test_an_unexpected_error_is_no_missed_target(call, checkpoint, monkeypatch):
+    monkeypatch.setattr(evaluation, "report", lambda *_: 1 / 0)
+    status, _, err = call(evaluation, SYNTHETIC)
+    assert status == 2 and "Traceback" in err and "ZeroDivisionError" in err
 
 
-def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
+def test_a_grader_in_another_folder_is_told_where_the_checkpoint_is(checkpoint):
+    copy_scripts("p")
+    checkpoint.rename("p/synthetic.pth")
+    with start("p/evaluation.py", SYNTHETIC) as run:
+        _, err = run.communicate()
+    assert (run.returncode, err.count("\n")) == (2, 1)
+    added = shlex.split(err.split(": add ")[1])
+    with start("p/evaluation.py", SYNTHETIC, *added) as run:
+        assert run.communicate()[0].startswith("Accuracy: ")
+    assert run.returncode in (0, 1)
+
+
+# Drawings and photos.
+def test_mistakes_are_drawn_the_most_confident_first(call, refused, checkpoint):
     call(evaluation, SYNTHETIC, "--mistakes", "mistakes.png")
     with Image.open("mistakes.png") as sheet:
         sheet = np.asarray(sheet)
-    network, _ = evaluation.load_cnn(checkpoint)
-    _, test_data = cifar_dataset(synthetic=True)
-    logits = evaluation.predict(network, test_data, torch.device("cpu"))
+    logits, test_data = logits_of(checkpoint)
+    targets = torch.tensor(test_data.targets)
     confidence, taken_for = logits.softmax(1).max(1)
-    label = test_data.labels[taken_for != test_data.labels][0]
-    wrong = (test_data.labels == label) & (taken_for != label)
+    label = targets[taken_for != targets][0]
+    wrong = (targets == label) & (taken_for != label)
     worst = test_data.images[torch.where(wrong, confidence, 0).argmax()]
     top = 40 + 120 * label
     first = sheet[top : top + 96 : 3, 120:216:3]  # of its row, at a third of its size
     assert (first == worst.permute(1, 2, 0).numpy()).all()
-    # A test image, ten times as large, in the middle of a black photo.
-    photo = Image.new("RGB", (640, 320))
+    refused(evaluation, SYNTHETIC, "--mistakes", "no folder/mistakes.png")
+
+
+def test_a_photo_of_any_size_is_classified(call, refused, checkpoint):
+    logits, test_data = logits_of(checkpoint)
+    photo = Image.new("RGB", (640, 320))  # ten times a test image in its middle
     pixels = Image.fromarray(test_data.images[7].permute(1, 2, 0).numpy())
     photo.paste(pixels.resize((320, 320), Image.Resampling.NEAREST), (160, 0))
     photo.save("square.png")
@@ -100,94 +112,66 @@ def test_mistakes_and_a_photo_of_any_size(call, refused, checkpoint):
     expected = [f"{share:7.2%}  {CLASSES[label]}" for share, label in best]
     out = call(evaluation, SYNTHETIC, "--image", "square.png")[1]
     assert out.splitlines() == ["square.png:", *expected]
-    for size in ((1, 1), (3, 700), (640, 480)):
+    for size in ((1, 1), (3, 700)):
         Image.new("L", size, 128).save("a photo.jpg")
-        status, out, _ = call(evaluation, SYNTHETIC, "--image", "a photo.jpg")
-        assert status == 0
-        name, *lines = out.splitlines()
-        assert (name, len(lines)) == ("a photo.jpg:", 3)
-        assert all(line.split()[1] in CLASSES for line in lines)
-    assert "synthetic.pth" in refused(evaluation, SYNTHETIC, "--image", "synthetic.pth")
-    assert "missing" in refused(evaluation, SYNTHETIC, "--image", "missing.jpg")
-    assert "add --synthetic" in refused(
-        evaluation, "--image", "a photo.jpg", "--checkpoint", "synthetic.pth"
-    )
-    refused(evaluation, SYNTHETIC, "--mistakes", "no folder/mistakes.png")
+        assert call(evaluation, SYNTHETIC, "--image", "a photo.jpg")[0] == 0
+    assert "missing.jpg" in refused(evaluation, SYNTHETIC, "--image", "missing.jpg")
 
 
 def test_curves_are_drawn_from_the_history(call, checkpoint):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.close("all")
-    out = call(evaluation, SYNTHETIC, "--curves", "curves.png")[1]
-    assert "curves.png" in out
-    assert "Accuracy: " in out
+    other = load(checkpoint)
+    for row in other["history"]:
+        row["held_out"] = row.pop("loss") / 10  # as with --holdout, and without a loss
+    row["accuracy"] = "high"  # no number: not drawn
+    torch.save(other, "other.pth")
+    call(evaluation, SYNTHETIC, "--curves", "curves.png", "other.pth")
     with Image.open("curves.png") as curves:
         assert curves.size == (1500, 600)
-    history = torch.load(checkpoint, weights_only=True)["history"]
-    for panel, key in zip(pyplot.gcf().axes, ("loss", "accuracy")):
-        line = panel.lines[0]
-        assert line.get_xydata().tolist() == [
-            [i + 1, x[key]] for i, x in enumerate(history)
-        ]
-    checkpoint = torch.load("synthetic.pth", weights_only=True)
-    for row in checkpoint["history"]:  # as another's train.py may keep it
-        del row["accuracy"], row["size"], row["images"]
-    torch.save(checkpoint, "other.pth")
-    call(evaluation, SYNTHETIC, "--curves", "curves.png", "other.pth")
-    names = [text.get_text() for text in pyplot.gcf().axes[1].get_legend().get_texts()]
-    assert names == [" synthetic.pth", " other.pth"]
+    left, right = pyplot.gcf().axes
+    assert (len(left.lines), len(right.lines)) == (1, 3)
+    history = load(checkpoint)["history"]
+    drawn = [("loss", history, left.lines[0]), ("accuracy", history, right.lines[0])]
+    drawn += [("accuracy", other["history"][:2], right.lines[1])]
+    drawn += [("held_out", other["history"], right.lines[2])]
+    for key, rows, line in drawn:
+        style = "--" if key == "held_out" else "-"
+        points = [[i + 1, row[key]] for i, row in enumerate(rows)]
+        assert (line.get_xydata().tolist(), line.get_linestyle()) == (points, style)
+    names = [text.get_text().strip() for text in right.get_legend().get_texts()]
+    assert names == ["synthetic.pth", "other.pth", "other.pth, held out"]
 
 
 def test_curves_are_drawn_whatever_a_notebook_has_set(checkpoint):
     pytest.importorskip("matplotlib")
-    name = checkpoint.rename("_学習$$.pth")
+    name = checkpoint.rename("_学習$$.pth").name
     Path("matplotlibrc").write_text("text.usetex: True")  # needs LaTeX
-    script = os.path.join(os.path.dirname(evaluation.__file__), "evaluation.py")
-    command = [sys.executable, script, SYNTHETIC, "--checkpoint", name]
-    run = subprocess.run(
-        [*command, "--curves", "curves"],
-        env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"},
-        capture_output=True,
-        check=False,
-    )
-    assert (run.returncode, run.stderr) == (0, b"")
+    options = [SYNTHETIC, "--checkpoint", name, "--curves", "curves.png"]
+    env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    env["PYTHONWARNINGS"] = ""  # matplotlib's font lacks the glyphs
+    with start(SCRIPTS / "evaluation.py", *options, env=env) as run:
+        assert run.communicate()[1] == ""
     assert Path("curves.png").exists()
-    from matplotlib import pyplot
-
-    evaluation.draw_curves({"_\udc8a$$.pth": [{"loss": 1.0}]}, "curves.png")
-    [text] = pyplot.gcf().axes[1].get_legend().get_texts()
-    assert text.get_text() == r" _?\$\$.pth"
 
 
-def test_what_a_drawing_lacks_is_said_before_the_evaluation(
-    refused, checkpoint, monkeypatch
-):
+def test_what_a_drawing_lacks_is_said_at_once(refused, checkpoint, monkeypatch):
     monkeypatch.setattr(evaluation, "cifar_dataset", None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    message = refused(evaluation, SYNTHETIC, "--curves", "a.png")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        patch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+        message = refused(evaluation, SYNTHETIC, "--curves", "a.png")
     assert "pip install matplotlib" in message
-    monkeypatch.setitem(sys.modules, "matplotlib", Mock())
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", Mock())
-    saved(lambda saved: delitem(saved, "history"))(checkpoint)  # as the lecture's
+    pytest.importorskip("matplotlib")
+    change(checkpoint, lambda saved: saved.pop("history"))  # as the lecture's
     assert "no history" in refused(evaluation, SYNTHETIC, "--curves", "a.png")
 
 
-def test_whitening_makes_the_outputs_uncorrelated():
-    train_data, _ = cifar_dataset(synthetic=True)
-    images = torch.stack([train_data[i][0] for i in range(500)])
-    network = model.CNN()
-    network.whiten(images)
-    with torch.no_grad():
-        outputs = network.whitening(images).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(outputs[:12].cov(), torch.eye(12), rtol=0, atol=0.02)
-    torch.testing.assert_close(outputs[12:], -outputs[:12])
-    assert not network.whitening.weight.requires_grad
-
-
-def test_the_default_network_is_under_a_million_parameters():
-    parameters = sum(weight.numel() for weight in model.CNN().parameters())
-    assert parameters == 479_810  # the assignment allows 1,000,000
+# Checkpoints.
+def change(path, how=lambda saved: None, **form):
+    """Load a checkpoint, change it in place, save it again."""
+    how(saved := load(path))
+    torch.save(saved, path, **form)
 
 
 class Code:
@@ -195,235 +179,133 @@ class Code:
         return open, ("it ran", "w")
 
 
-def saved(change):
-    """A damage to a checkpoint: load it, `change` it in place, save it again."""
-
-    def damage(path):
-        checkpoint = torch.load(path, weights_only=True)
-        change(checkpoint)
-        torch.save(checkpoint, path)
-
-    return damage
+def flip_a_bit_of_a_weight(path):
+    content = bytearray(path.read_bytes())
+    weight = load(path)["model_state_dict"]["head.weight"]
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    path.write_bytes(content)
 
 
-def head_bias(values):
-    return saved(lambda saved: saved["model_state_dict"].update({"head.bias": values}))
+def tar_with_code(path):  # torch before 1.0 wrote tars
+    Path("storages").write_bytes(pickle.dumps(Code()))
+    with tarfile.open(path, "w") as tar:
+        tar.add("storages")
+
+
+def changed(how):
+    return lambda path: change(path, how)
+
+
+def head_bias(x):
+    return changed(lambda saved: saved["model_state_dict"].update({"head.bias": x}))
 
 
 DAMAGES = {
-    "missing": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-2000]),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "foreign": lambda path: path.write_text("a letter to grandmother"),
-    "code": saved(lambda saved: saved.update(extra=Code())),
-    "a tar": lambda path: tarfile.open(path, "w").close(),
-    "a list": lambda path: torch.save([1, 2, 3], path),
-    "no weights": saved(lambda saved: delitem(saved, "model_state_dict")),
-    "no epoch": saved(lambda saved: delitem(saved, "epoch")),
-    "a text as epoch": saved(lambda saved: saved.update(epoch="two")),
-    "negative epoch": saved(
-        lambda saved: saved.update(
-            epoch=-1, history=[], settings={"width": 8, "synthetic": True}
-        )
-    ),
-    "nan in history": saved(lambda s: s["history"][0].update(loss=float("nan"))),
-    "a lost layer": saved(lambda s: delitem(s["model_state_dict"], "head.bias")),
-    "shape": head_bias(torch.zeros(11)),
-    "nan": head_bias(torch.full((10,), float("nan"))),
-    "width": saved(lambda saved: saved["settings"].update(width=10**9)),
-    "other model": saved(lambda saved: saved["settings"].update(model="resnet18")),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-2000]),
+    "altered": flip_a_bit_of_a_weight,
+    "a web page": lambda path: path.write_text("<!DOCTYPE html>"),
+    "code": changed(lambda saved: saved.update(extra=Code())),
+    "code in a tar": tar_with_code,
+    "a whole model": lambda path: torch.save(CNN(8), path),
+    "bare weights": lambda path: torch.save(CNN(8).state_dict(), path),
+    "NumPy's": changed(lambda saved: saved.update(loss=np.mean([1]))),
+    "not finite": head_bias(torch.full((10,), float("nan"))),
+    "a wrong shape": head_bias(torch.ones(9)),
+    "another model's": changed(lambda x: x["settings"].update(model="ResNet18")),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_unusable_checkpoints_are_refused_and_never_run_code(
-    refused, checkpoint, tmp_path, damage
-):
-    damage(checkpoint)
-    assert "synthetic.pth" in refused(evaluation, SYNTHETIC)
-    assert not (tmp_path / "it ran").exists()
-
-
-NOT_OURS = {  # what it holds, and what is said of it
-    "a whole model": (lambda network, saved: network, "holds model.CNN"),
-    "bare weights": (
-        lambda network, saved: network.state_dict(),
-        "no epoch, loss, model_state_dict, but whit",
-    ),
-    "other names": (lambda network, saved: {"net": {}, "acc": 1.0}, "net, acc"),
-    "a list as loss": (lambda network, saved: saved | {"loss": [1.0]}, "'list'"),
-    "NumPy arrays": (lambda network, saved: saved | {"x": np.ones(3)}, "numpy"),
-    "NumPy's loss": (lambda network, saved: saved | {"loss": np.mean([1])}, "numpy"),
-}
-
-
-@pytest.mark.parametrize(("make", "said"), NOT_OURS.values(), ids=NOT_OURS.keys())
-def test_what_others_save_is_refused_in_plain_words(refused, checkpoint, make, said):
-    network, loaded = evaluation.load_cnn(checkpoint)
-    torch.save(make(network, loaded), checkpoint)
-    message = refused(evaluation, SYNTHETIC)
-    assert said in message
-    assert "weights_only" not in message
-    assert "\x1b" not in message
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_bad_checkpoints_are_refused_and_run_no_code(refused, checkpoint, damage):
+    DAMAGES[damage](checkpoint)
+    assert "error: synthetic.pth " in refused(evaluation, SYNTHETIC)
+    assert not Path("it ran").exists()
 
 
 def renamed(prefix):
     def rename(saved):
         weights = saved["model_state_dict"]
         saved["model_state_dict"] = {prefix + name: x for name, x in weights.items()}
+        saved["note"] = "mine"
 
     return rename
 
 
 READABLE = {
-    "tensors": lambda saved: saved.update(
-        loss=torch.tensor(1.0), epoch=torch.tensor(2)
-    ),
+    "tensors": lambda s: s.update(loss=torch.ones(1), epoch=torch.tensor(2)),
     "DataParallel": renamed("module."),
     "torch.compile": renamed("_orig_mod."),
-    "both": renamed("_orig_mod.module."),
-    "extra": lambda saved: saved.update(note="mine"),
+    "both, and more": renamed("_orig_mod.module."),
     "Keras's history": lambda saved: saved.update(history={"loss": [2.0, 1.0]}),
-    "a loss with gradient": lambda s: s.update(loss=torch.ones(1).requires_grad_()),
+    "texts": lambda s: s.update(history=["low", {"loss": "low", "accuracy": None}]),
+    "no epochs": lambda saved: saved["settings"].update(epochs=None),
+    "epochs in a text": lambda saved: saved["settings"].update(epochs="12"),
 }
 
 
-@pytest.mark.parametrize("change", READABLE.values(), ids=READABLE.keys())
-def test_what_others_save_is_read_where_it_is_clear(call, checkpoint, change):
+@pytest.mark.parametrize("kind", READABLE)
+def test_what_others_save_is_read_where_it_is_clear(call, checkpoint, kind):
     expected = call(evaluation, SYNTHETIC)
-    loaded = torch.load(checkpoint, weights_only=True)
-    change(loaded)
-    torch.save(loaded, checkpoint)
+    assert expected[0] in (0, 1)
+    change(checkpoint, READABLE[kind])
     assert call(evaluation, SYNTHETIC) == expected
-    torch.save(loaded, checkpoint, _use_new_zipfile_serialization=False)  # before 1.6
-    assert call(evaluation, SYNTHETIC) == expected
-
-
-def test_a_checkpoint_without_checksums_is_read(call, checkpoint):
-    expected = call(evaluation, SYNTHETIC)
-    data = checkpoint.read_bytes()
-    with zipfile.ZipFile(checkpoint) as archive:
-        for entry in archive.infolist():  # as torch writes with compute_crc32=False
-            data = data.replace(entry.CRC.to_bytes(4, "little"), bytes(4))
-    checkpoint.write_bytes(data)
-    with zipfile.ZipFile(checkpoint) as archive:
-        assert not any(entry.CRC for entry in archive.infolist())
+    change(checkpoint, _use_new_zipfile_serialization=False)  # as torch before 1.6
     assert call(evaluation, SYNTHETIC) == expected
 
 
-def save_zip(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("letter.txt", "to grandmother")
+def test_kinds_of_images_are_not_mixed(refused, checkpoint):
+    own = ["--checkpoint", "synthetic.pth"]
+    assert "has synthetic True, not False" in refused(evaluation, *own)
+    assert "has holdout False" in refused(evaluation, SYNTHETIC, "--holdout")
+    change(checkpoint, lambda s: s["settings"].update(synthetic=False, holdout=True))
+    assert "has holdout True, not False" in refused(evaluation, *own)
 
 
-SOUND = {
-    "TorchScript": lambda path: torch.jit.script(torch.nn.Linear(2, 2)).save(path.name),
-    "a zip": save_zip,
-    "safetensors": lambda path: path.write_bytes(b"\2\0\0\0\0\0\0\0{}"),
-}
+# The lecture's own loops, as printed.
+def the_lecture_s_training(train_data, path):
+    train_loader = DataLoader(train_data, batch_size=64, shuffle=True)
+    model = CNN()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for epoch in range(3):
+        train_loss = 0
+        model.train()
+        for images, labels in train_loader:
+            optimizer.zero_grad()
+            outputs = model(images)
+            loss = criterion(outputs, labels)
+            train_loss += loss.item()
+            loss.backward()
+            optimizer.step()
+        checkpoint = {
+            "epoch": epoch,
+            "model_state_dict": model.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "loss": train_loss / len(train_loader),
+        }
+        torch.save(checkpoint, path)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("save", SOUND.values(), ids=SOUND.keys())
-def test_a_sound_file_is_not_called_damaged(refused, checkpoint, save):
-    save(checkpoint)
-    message = refused(evaluation, SYNTHETIC)
-    size = checkpoint.stat().st_size
-    assert f"torch.load finds no checkpoint in its {size:,} bytes" in message
-    assert not any(word in message for word in ("changed", "altered", "cut off"))
+def the_lecture_s_evaluation(test_data, path, model) -> int:
+    checkpoint = torch.load(path)
+    model.load_state_dict(checkpoint["model_state_dict"])
+    model.eval()
+    correct = 0
+    with torch.no_grad():
+        for images, labels in DataLoader(test_data, batch_size=64, shuffle=False):
+            correct += (model(images).max(1)[1] == labels).sum().item()
+    return correct
 
 
-def test_randomly_changed_bytes_are_refused_or_harmless(checkpoint, trained):
-    whole, _ = evaluation.load_cnn(checkpoint)
-    chance, refusals = random.Random(0), 0
-    for _ in range(100):
-        data = bytearray(trained)
-        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-        checkpoint.write_bytes(data)
-        try:
-            loaded, _ = evaluation.load_cnn(checkpoint)
-        except SystemExit as stop:
-            assert stop.code == 2
-            refusals += 1
-        else:
-            for name, tensor in loaded.state_dict().items():
-                assert torch.equal(tensor, whole.state_dict()[name])
-    assert refusals > 50  # most bytes are weights
-
-
-def test_kinds_of_images_are_not_mixed(refused, checkpoint, tmp_path):
-    assert "add --synthetic" in refused(evaluation, "--checkpoint", "synthetic.pth")
-    saved(lambda saved: saved["settings"].update(synthetic=False))(checkpoint)
-    assert "leave out --synthetic" in refused(evaluation, SYNTHETIC)
-    saved(lambda saved: saved["settings"].update(synthetic=True))(checkpoint)
-    assert "leave out --holdout" in refused(evaluation, SYNTHETIC, "--holdout")
-    saved(lambda saved: saved["settings"].update(holdout=True))(checkpoint)
-    assert "add --holdout" in refused(evaluation, SYNTHETIC)
-
-
-def test_ctrl_c_while_saving_leaves_the_old_checkpoint(
-    checkpoint, trained, monkeypatch
-):
-    def interrupt(descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train.os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train.save_checkpoint({"epoch": 0}, checkpoint, trained)
-    assert os.listdir() == ["synthetic.pth"]
-    assert checkpoint.read_bytes() == trained
-
-
-@pytest.mark.parametrize(
-    ("times", "reason"),  # Windows; a file that Docker has mounted by itself
-    [(4, errno.EACCES), (99, errno.EACCES), (99, errno.EBUSY)],
-)
-def test_a_file_that_is_locked_is_tried_again(
-    checkpoint, trained, monkeypatch, capsys, times, reason
-):
-    replace, tried = os.replace, []
-
-    def locked(*names):
-        tried.append(names)
-        if len(tried) <= times:
-            raise OSError(reason, "it cannot be replaced")
-        replace(*names)
-
-    monkeypatch.setattr(train.os, "replace", locked)
-    waits = []
-    monkeypatch.setattr(train.time, "sleep", waits.append)
-    if times == 4:  # it is free after 1.5 s
-        train.save_checkpoint({"epoch": 1}, checkpoint, checkpoint.read_bytes())
-        assert torch.load(checkpoint, weights_only=True) == {"epoch": 1}
-        assert os.listdir() == ["synthetic.pth"]
-        assert sum(waits) == pytest.approx(1.5)
-        return
-
-    def held(*_, **__):
-        raise PermissionError(errno.EACCES, "it is in use")
-
-    monkeypatch.setattr(Path, "unlink", held)  # a scanner reads the new file, too
-    with pytest.raises(SystemExit, match="2"):
-        train.save_checkpoint({"epoch": 1}, checkpoint, checkpoint.read_bytes())
-    assert "synthetic.new.pth" in capsys.readouterr().err
-    assert torch.load("synthetic.new.pth", weights_only=True) == {"epoch": 1}
-    assert checkpoint.read_bytes() == trained
-
-
-def test_a_disk_that_cannot_say_when_it_has_written_is_used(checkpoint, monkeypatch):
-    def unable(descriptor):
-        raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(train.os, "fsync", unable)
-    train.save_checkpoint({"epoch": 1}, checkpoint, checkpoint.read_bytes())
-    assert torch.load(checkpoint, weights_only=True) == {"epoch": 1}
-
-
-def test_a_gpu_that_does_not_work_is_not_taken_unasked(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert torch.cuda.device_count() == 0  # the tests hide it, see conftest.py
-    assert dataset.pick_device(None).type == "cpu"
-    assert "GPU does not work" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        dataset.pick_device("cuda")
+@pytest.mark.filterwarnings("ignore:.*weights_only")  # torch 2.4 and 2.5
+def test_the_lecture_s_checkpoints_go_both_ways(call, checkpoint, monkeypatch):
+    train_data, test_data = cifar_dataset(synthetic=True)
+    correct = the_lecture_s_evaluation(test_data, checkpoint, CNN(8))
+    assert f"({correct}/1000)" in call(evaluation, SYNTHETIC)[1]
+    torch.manual_seed(0)
+    the_lecture_s_training(train_data, "cifar_cnn.pth")
+    correct = the_lecture_s_evaluation(test_data, "cifar_cnn.pth", CNN())
+    assert correct > 150  # chance is 100 +- 10
+    # It says nothing of its images, so they count as real ones; here they are not.
+    monkeypatch.setattr(evaluation, "cifar_dataset", lambda *_, **__: (None, test_data))
+    assert f"({correct}/1000)" in call(evaluation)[1]
