@@ -79,10 +79,9 @@ class ImageDataset(Dataset):
     def set_epoch(self, epoch: int, size: int = 32, seed: int = 0):
         """Read from now on as in `epoch` (from 0): in `size` px, mirrored in turn.
 
-        Half of the images, drawn by `seed`, are mirrored in the even epochs and the
-        others in the odd ones, so that two epochs in a row show both sides of an image:
-        +0.3 points (KellerJordan/cifar10-airbench). Smaller images take less time.
-        A DataLoader's workers see it when they start: no `persistent_workers=True`.
+        Half of the images, drawn by `seed`, are mirrored in even epochs, the others in
+        odd ones: +0.3 points (KellerJordan/cifar10-airbench). A DataLoader's workers see
+        it when they start: no `persistent_workers=True`.
         """
         generator = torch.Generator().manual_seed(seed)
         half = torch.rand(len(self), generator=generator) < 0.5
@@ -131,8 +130,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device; the CPU waits, but not for CUDA."""
-    # Apple's MPS would read freed memory: github.com/pytorch/pytorch/issues/139550
+    """To the device (non_blocking reads freed memory on MPS: pytorch issue 139550)."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -142,9 +140,8 @@ def cifar_dataset(root="data", synthetic=False, splits=SPLITS, holdout=False):
     `root` holds the official archive or its unpacked folder (see `find_official`), or
     `train/<class>/*` and `test/<class>/*`; else the archive is downloaded into it.
     `synthetic` makes a few simple images instead. A split that `splits` does not name
-    need not be there: it is None. With `holdout`, the last tenth of each class's training
-    images (500) takes the place of the test images: to choose a width or a learning rate
-    without looking at those. What cannot be used exits with a one-line error.
+    need not be there: it is None. With `holdout`, the last 500 training images of each
+    class take the place of the test images. What cannot be used ends in a one-line error.
     """
     root = Path(root).expanduser()
     with usable(root, "name another by --data, or move it away and start again"):
@@ -196,8 +193,8 @@ def find_official(root: Path):
 def read_official(place: Path) -> dict:
     """The official images of a folder or an archive, which is read where it lies.
 
-    Nothing is unpacked, so no link or path in a tar leads anywhere. Unpickling can run
-    code, so the md5s that torchvision records come first.
+    No link or path in a tar leads anywhere, for nothing is unpacked; no code of others
+    runs in unpickling, for torchvision's md5s come first.
     """
     md5s = dict(CIFAR10.train_list + CIFAR10.test_list)
     if place.is_dir():
@@ -278,8 +275,7 @@ def synthetic_images() -> dict:
 def read_image(path, size=None) -> Image.Image:
     """An image file in RGB, as a viewer shows it; with `size`, any other is refused.
 
-    Turned as its EXIF says, transparency on white: Pillow alone would show the colours
-    under the transparency.
+    Turned as its EXIF says, transparency on white (Pillow alone drops it).
     """
     with usable(path, "save it as JPEG or PNG, of 8 bits, or choose another"):
         with Image.open(path) as image:

@@ -32,7 +32,7 @@ WORST = 8  # mistakes drawn of each class: the sheet is 920 px wide
 CURVES = [(0, "loss", ".-", ""), (1, "accuracy", ".-", "")]
 CURVES += [(1, "held_out", ".--", ", held out")]  # train.py --holdout
 # The lecture's checkpoints have no settings: they were trained with these.
-THE_LECTURE_S = {"model": "CNN", "synthetic": False, "holdout": False}
+LECTURE_SETTINGS = {"model": "CNN", "synthetic": False, "holdout": False}
 TRAIN_ANEW = "name another, or move it away and train anew"  # for a bad checkpoint
 
 
@@ -181,7 +181,7 @@ def load_checkpoint(path: Path) -> dict:
             **found,
             "epoch": int(found["epoch"]),
             "model_state_dict": {re.sub(prefix, "", x): y for x, y in weights.items()},
-            "settings": {**THE_LECTURE_S, **found.get("settings", {})},
+            "settings": {**LECTURE_SETTINGS, **found.get("settings", {})},
             "history": [numbers(row) for row in found.get("history", [])],
         }
 
