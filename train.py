@@ -21,9 +21,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import dataset  # before torch is loaded: it sets the environment
-
-# isort: split
+import dataset  # isort: skip - before torch, whose environment it sets
 import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, RMSprop
@@ -36,13 +34,13 @@ from model import CNN, WIDTH
 
 EPOCHS = 14  # about as long as the lecture's 20 epochs of a small network take
 BATCH_SIZE = 128  # images a step
-# A fifth of every target goes to all classes alike, so that no logit has to grow for
-# ever (Szegedy et al. 2016). One loss for each image: `choose` needs it.
+# A fifth of each label's weight goes to all classes alike, so that no logit has to grow
+# for ever (Szegedy et al. 2016). One loss for each image: `choose` needs it.
 CRITERION = nn.CrossEntropyLoss(label_smoothing=0.2, reduction="none")
 SMALL_SIZE = 24  # px: smaller images take half the time
 SMALL_EPOCHS = 0.7  # share of the epochs that see them: +0.3 points (fast.ai)
-ALL_EPOCHS = 1 / 6  # share of the epochs, the last ones, that see all images
-HARD = 0.3  # share of images, the hardest, that the others always see: +0.5 points
+ALL_EPOCHS = 1 / 6  # share of the epochs, the last ones, that see all images; so does 1
+HARD = 0.3  # share of images, the hardest, that all epochs see: +0.5 points
 WARM_UP = 0.2  # share of the steps: large steps from random weights go astray
 
 # The lecture's five. Rate (`lr`, the highest) and weight decay are chosen among
@@ -69,19 +67,18 @@ def fast_bfloat16(device: torch.device) -> bool:
 def train_epoch(model, loader, optimizer, scheduler, device):
     """One pass over the loader's images.
 
-    Returns a row of the history (mean loss, accuracy from 0 to 1, first learning rate,
-    seconds), and the loss of each image that it saw, float32, in their order. Loss and
-    accuracy are of augmented, mostly hard images; the loss is smoothed (CRITERION).
+    Returns a row of the history, and the loss of each image that it saw, float32, in
+    their order. Loss and accuracy (0 to 1) are of augmented, mostly hard images.
     """
     model.train()
     start, rate = time.perf_counter(), scheduler.get_last_lr()[0]
     fast = fast_bfloat16(device)
-    kind = device.type if fast else "cpu"  # autocast does not know every device
+    autocast_device = device.type if fast else "cpu"  # it does not know every one
     correct, losses = 0, []  # on the device: no step waits for their numbers
     for images, labels in progress(loader):
         images, labels = send(images, device), send(labels, device)
         optimizer.zero_grad()
-        with torch.autocast(kind, torch.bfloat16, enabled=fast):
+        with torch.autocast(autocast_device, torch.bfloat16, enabled=fast):
             logits = model(images).float()
         loss = CRITERION(logits, labels)  # of each image
         loss.mean().backward()
@@ -110,12 +107,12 @@ def fit(model, train_data, held_out, settings: dict, path: Path, resume, device)
     model.to(device)
     train_data.images = train_data.images.to(device)  # augmented there, too
     optimizer = OPTIMIZERS[settings["optimizer"]](model.parameters(), lr=settings["lr"])
-    history, image_losses, saved = [], torch.zeros(len(train_data)), None
+    history, image_losses, checksum = [], torch.zeros(len(train_data)), None
     if resume:
-        history, image_losses, saved = restore(path, model, optimizer, settings)
+        history, image_losses, checksum = restore(path, model, optimizer, settings)
     scheduler = make_scheduler(optimizer, plan, batch_size, len(history))
     print_start(model, len(plan), device)
-    for epoch, (count, size) in list(enumerate(plan))[len(history) :]:
+    for epoch, (count, size) in enumerate(plan[len(history) :], len(history)):
         torch.manual_seed(1000 * seed + epoch)  # for a resumed run, too
         train_data.set_epoch(epoch, size, seed)
         chosen = choose(image_losses, count)
@@ -137,7 +134,7 @@ def fit(model, train_data, held_out, settings: dict, path: Path, resume, device)
             "history": history,
             "image_losses": image_losses,
         }
-        saved = save_checkpoint(checkpoint, path, saved)
+        checksum = save_checkpoint(checkpoint, path, checksum)
         print_epoch(history, plan)
 
 
@@ -162,7 +159,7 @@ def progress(loader: DataLoader):
 
 
 def print_start(model: nn.Module, epochs: int, device: torch.device):
-    """What runs, to find the README's row that applies."""
+    """Print what runs, and on what."""
     weights = sum(weight.numel() for weight in model.parameters())
     precision = "bfloat16" if fast_bfloat16(device) else "float32"
     where = f"{device}, {torch.get_num_threads()} threads, {precision}"
@@ -175,11 +172,11 @@ def print_epoch(history: list[dict], plan: list[tuple[int, int]]):
     pixels = [count * size**2 for count, size in plan]  # the time grows with them
     spent = sum(past.get("seconds", 0) for past in history)
     left = spent * sum(pixels[done:]) / sum(pixels[:done])
-    words = f"{row['accuracy']:.2%}, Rate: {row['learning_rate']:.2g}"
-    if "held_out" in row:
-        words = f"{row['accuracy']:.1%}, held out {row['held_out']:.1%}"
-    words = f"Loss: {row['loss']:.4f}, Accuracy: {words}, {row['seconds']:.0f} s"
-    print(f"Epoch: {done}/{len(plan)}, {words}, {left:.0f} s left")
+    accuracy = f"{row['accuracy']:.2%}, Rate: {row['learning_rate']:.2g}"
+    if "held_out" in row:  # there is no room for both
+        accuracy = f"{row['accuracy']:.1%}, held out {row['held_out']:.1%}"
+    first = f"Epoch: {done}/{len(plan)}, Loss: {row['loss']:.4f}, Accuracy: {accuracy}"
+    print(f"{first}, {row['seconds']:.0f} s, {left:.0f} s left")
 
 
 # The recipe: which images, in which size, at which learning rates.
@@ -217,39 +214,39 @@ def make_scheduler(optimizer, plan, batch_size: int, done: int) -> LambdaLR:
     steps = [count // batch_size for count, _ in plan]  # of each epoch
     total, done_steps = sum(steps), sum(steps[:done])
 
-    def share(step: int) -> float:
+    def factor(step: int) -> float:
         x = (step + 1) / (total + 1)
         return min(x / WARM_UP, (1 - x) / (1 - WARM_UP))
 
-    # What LambdaLR calls an epoch is a step here; it takes one itself to begin with.
-    return LambdaLR(optimizer, share, done_steps - 1)
+    # What LambdaLR calls an epoch is a step here; its constructor makes the first one.
+    return LambdaLR(optimizer, factor, done_steps - 1)
 
 
 # Writing a checkpoint, whole or not at all, and going on from it.
 
 
-def save_checkpoint(checkpoint: dict, path: Path, saved) -> int:
-    """Write a checkpoint; return the checksum of its bytes, the next call's `saved`.
+def save_checkpoint(checkpoint: dict, path: Path, checksum) -> int:
+    """Write a checkpoint and return the checksum of its bytes.
 
-    None is a new run: what the file holds is kept beside it. Later, other bytes than
-    this run's are another's: this one saves to a new file and stops, so that neither
-    loses work. So it does where the file cannot be replaced.
+    `checksum`: of what this run wrote last; None: nothing yet, and what the file holds
+    is kept beside it. Where another run has written since, or the file cannot be
+    replaced, this run saves to a new file and stops, so that neither loses work.
     """
     buffer = io.BytesIO()  # torch.save itself would call a full disk a RuntimeError
     torch.save(checkpoint, buffer)
     content = buffer.getvalue()
-    target = Path(os.path.realpath(path))  # a link is not replaced
+    file = Path(os.path.realpath(path))  # a link is not replaced
     with usable(path, "make room and add --resume to go on after the last saved epoch"):
-        found = target.read_bytes() if target.exists() else None
+        found = file.read_bytes() if file.exists() else None
         try:
-            if found is not None and saved is None:
-                write_whole(old := free_name(target, "old"), found)
+            if found is not None and checksum is None:
+                write_whole(old := free_name(file, "old"), found)
                 print(f"what {path} held is kept as {old}")
-            elif found is not None and zlib.crc32(found) != saved:
+            elif found is not None and zlib.crc32(found) != checksum:
                 raise FileExistsError("another run writes it, too")
-            write_whole(target, content)
+            write_whole(file, content)
         except OSError as error:
-            new = free_name(target, "new")
+            new = free_name(file, "new")
             write_whole(new, content)  # fails, too, where the disk is full
             go_on = f"this epoch is kept as {new}: name that file and add --resume"
             fail(f"{path} cannot be replaced ({dataset.in_words(error)}): {go_on}")
@@ -264,7 +261,7 @@ def free_name(path: Path, word: str) -> Path:
 
 def write_whole(path: Path, content: bytes):
     """Write the file `path` whole or not at all: cut short, the old one stays."""
-    # Nobody else's name; `tempfile` may hang on Windows (python/cpython#66305).
+    # A name of our own; `tempfile` may hang on Windows (python/cpython#66305).
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         with open(part, "xb") as file:
@@ -283,7 +280,7 @@ def write_whole(path: Path, content: bytes):
             time.sleep(wait)
         os.replace(part, path)
     finally:
-        with suppress(OSError):  # that scanner may hold it, too
+        with suppress(OSError):  # a virus scanner may hold it, too
             part.unlink()
 
 
@@ -300,8 +297,8 @@ def check_writable(path: Path, resume: bool):
 def restore(path: Path, model, optimizer, settings: dict):
     """Put model and optimizer back as they were when the last finished epoch ended.
 
-    Returns history, image losses and the file's checksum for `save_checkpoint`. Other
-    settings than the checkpoint's are refused by name.
+    Returns history, image losses and the checksum for `save_checkpoint`. Other settings
+    than the checkpoint's are refused by name.
     """
     checkpoint = load_checkpoint(path)
     with usable(path, "train anew, without --resume"):
@@ -310,9 +307,9 @@ def restore(path: Path, model, optimizer, settings: dict):
         check_settings(path, checkpoint, settings)
         load_weights(model, checkpoint["model_state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        saved = zlib.crc32(path.read_bytes())
+        checksum = zlib.crc32(path.read_bytes())
     print(f"{path}: {checkpoint['epoch'] + 1} of {settings['epochs']} epochs are done")
-    return checkpoint["history"], checkpoint["image_losses"], saved
+    return checkpoint["history"], checkpoint["image_losses"], checksum
 
 
 # The command line.
