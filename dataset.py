@@ -3,7 +3,7 @@
     train_data, test_data = cifar_dataset()
     train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
 
-The last section is what all command lines share.
+At the end: what all command lines share.
 """
 
 import argparse
@@ -37,8 +37,7 @@ from torchvision.transforms.v2.functional import resize
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]  # in the official order
 CLASSES += ["dog", "frog", "horse", "ship", "truck"]
 SPLITS = ("train", "test")
-# Of the training images' red, green and blue (0..255).
-MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)
+MEAN = torch.tensor([125.3, 123.0, 113.9]).view(3, 1, 1)  # of red, green and blue
 STD = torch.tensor([63.0, 62.1, 66.7]).view(3, 1, 1)
 SHIFT = 2  # px, at most; the usual 4 is too much for a few epochs (cifar10-airbench)
 
@@ -54,8 +53,7 @@ STALL = 30  # s without a byte: then the next mirror is tried
 OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # no mirror's fault
 ARCHIVE_SUFFIXES = (".tar", ".gz", ".tgz")  # not a half download's .crdownload
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")  # of images; not Thumbs.db
-# Without and with --synthetic: trying never touches what is handed in.
-CHECKPOINTS = {False: Path("cifar_cnn.pth"), True: Path("synthetic.pth")}
+CHECKPOINTS = {False: Path("cifar_cnn.pth"), True: Path("synthetic.pth")}  # synthetic?
 
 
 class ImageDataset(Dataset):
@@ -64,7 +62,6 @@ class ImageDataset(Dataset):
     `data[i]` is one normalised image, float32 (3, size, size), and its label, an int.
     With `augment`, each image is mirrored and shifted at random whenever it is read;
     once the training loop calls `set_epoch`, mirrored in every other epoch instead.
-    Where `images` are moved to a GPU, they are augmented there.
     """
 
     classes = CLASSES  # as in torchvision's data sets
@@ -141,8 +138,7 @@ def cifar_dataset(root="data", synthetic=False, splits=SPLITS, holdout=False):
     `train/<class>/*` and `test/<class>/*`; else the archive is downloaded into it.
     `synthetic` makes a few simple images instead. A split that `splits` does not name is
     None; its class folders need not be there. With `holdout`, the last tenth (500) of
-    each class's training images takes the place of the test images. What cannot be used
-    ends in a one-line error.
+    each class's training images takes the place of the test images.
     """
     root = Path(root).expanduser()
     with usable(root, "name another by --data, or move it away and start again"):
@@ -272,10 +268,7 @@ def synthetic_images() -> dict:
 
 
 def read_image(path, size=None) -> Image.Image:
-    """An image file in RGB, as a viewer shows it; with `size`, any other is refused.
-
-    Turned as its EXIF says, transparency on white (Pillow alone drops it).
-    """
+    """An image file in RGB, turned by its EXIF, transparency on white, as viewers do."""
     with usable(path, "save it as JPEG or PNG, of 8 bits, or choose another"):
         with Image.open(path) as image:
             if size and image.size != size:  # before it is decoded
@@ -325,8 +318,7 @@ def on_terminal() -> bool:
 def pick_device(name) -> torch.device:
     """The device of that name; without one CUDA's where it works, or else the CPU.
 
-    Apple's MPS is never chosen automatically: many versions of torch compute wrong
-    gradients there for channels_last (github.com/pytorch/pytorch/issues/175189).
+    Never Apple's MPS: wrong gradients for channels_last (pytorch/pytorch issue 175189).
     """
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -4,8 +4,7 @@
     python train.py --resume        # go on after a break, with the same result
     python train.py --synthetic     # synthetic images, into synthetic.pth
 
-The test images are not used here: that is what evaluation.py is for. "The
-lecture" is this assignment's course.
+The test images are evaluation.py's. "The lecture" is this assignment's course.
 """
 
 import argparse
@@ -297,8 +296,7 @@ def check_writable(path: Path, resume: bool):
 def restore(path: Path, model, optimizer, settings: dict):
     """Put model and optimizer back as they were when the last finished epoch ended.
 
-    Returns history, image losses and the checksum for `save_checkpoint`. Other settings
-    than the checkpoint's are refused by name.
+    Returns history, image losses and the checksum for `save_checkpoint`.
     """
     checkpoint = load_checkpoint(path)
     with usable(path, "train anew, without --resume"):
