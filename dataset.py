@@ -53,7 +53,7 @@ STALL = 30  # s without a byte: then the next mirror is tried
 OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # no mirror's fault
 ARCHIVE_SUFFIXES = (".tar", ".gz", ".tgz")  # not a half download's .crdownload
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")  # of images; not Thumbs.db
-CHECKPOINTS = {False: Path("cifar_cnn.pth"), True: Path("synthetic.pth")}  # synthetic?
+CHECKPOINTS = {False: Path("cifar_cnn.pth"), True: Path("synthetic.pth")}  # --synthetic
 
 
 class ImageDataset(Dataset):

@@ -236,8 +236,8 @@ def main():
         return 0
     if args.curves:
         file, *others = args.curves
-        names = [str(path), *others]
-        draw_curves({x: load_checkpoint(Path(x))["history"] for x in names}, file)
+        histories = {x: load_checkpoint(Path(x))["history"] for x in others}
+        draw_curves({str(path): checkpoint["history"], **histories}, file)
     _, test_data = cifar_dataset(args.data, splits=["test"], **kind)
     logits = predict(model, test_data, device)
     right = report(logits, test_data.targets)

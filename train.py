@@ -171,10 +171,10 @@ def print_epoch(history: list[dict], plan: list[tuple[int, int]]):
     pixels = [count * size**2 for count, size in plan]  # the time grows with them
     spent = sum(past.get("seconds", 0) for past in history)
     left = spent * sum(pixels[done:]) / sum(pixels[:done])
-    accuracy = f"{row['accuracy']:.2%}, Rate: {row['learning_rate']:.2g}"
+    shown = f"{row['accuracy']:.2%}, Rate: {row['learning_rate']:.2g}"
     if "held_out" in row:  # there is no room for both
-        accuracy = f"{row['accuracy']:.1%}, held out {row['held_out']:.1%}"
-    first = f"Epoch: {done}/{len(plan)}, Loss: {row['loss']:.4f}, Accuracy: {accuracy}"
+        shown = f"{row['accuracy']:.1%}, held out {row['held_out']:.1%}"
+    first = f"Epoch: {done}/{len(plan)}, Loss: {row['loss']:.4f}, Accuracy: {shown}"
     print(f"{first}, {row['seconds']:.0f} s, {left:.0f} s left")
 
 
@@ -298,14 +298,14 @@ def restore(path: Path, model, optimizer, settings: dict):
 
     Returns history, image losses and the checksum for `save_checkpoint`.
     """
-    checkpoint = load_checkpoint(path)
     with usable(path, "train anew, without --resume"):
+        checksum = zlib.crc32(path.read_bytes())  # first: another run may write it now
+        checkpoint = load_checkpoint(path)
         if "image_losses" not in checkpoint:  # the newest key
             raise ValueError("an older train.py's or the lecture's: it cannot go on")
         check_settings(path, checkpoint, settings)
         load_weights(model, checkpoint["model_state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        checksum = zlib.crc32(path.read_bytes())
     print(f"{path}: {checkpoint['epoch'] + 1} of {settings['epochs']} epochs are done")
     return checkpoint["history"], checkpoint["image_losses"], checksum
 
