@@ -45,11 +45,11 @@ WARM_UP = 0.2  # share of the steps: large steps from random weights go astray
 # The lecture's five. Rate (`lr`, the highest) and weight decay are chosen among
 # three or more each, on held-out training images.
 OPTIMIZERS = {
-    "sgd": partial(SGD, lr=1.0, weight_decay=5e-4),
+    "sgd": partial(SGD, lr=2.0, weight_decay=5e-4),
     "momentum": partial(SGD, lr=0.3, momentum=0.9, nesterov=True, weight_decay=5e-4),
     "adagrad": partial(Adagrad, lr=0.1, weight_decay=5e-4),
     "rmsprop": partial(RMSprop, lr=0.005),
-    "adam": partial(Adam, lr=0.02, weight_decay=5e-5),
+    "adam": partial(Adam, lr=0.01, weight_decay=5e-5),
 }
 
 
