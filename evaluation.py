@@ -214,7 +214,7 @@ def load_cnn(path: Path, **kind) -> tuple[CNN, dict]:
     check_settings(path, checkpoint, {"model": "CNN", **kind})
     with usable(path, TRAIN_ANEW):
         weights = checkpoint["model_state_dict"]
-        model = CNN(weights["head.weight"].shape[1] // 4)  # of any width
+        model = CNN(weights["linear.weight"].shape[1] // 4)  # of any width
         load_weights(model, weights)
     return model, checkpoint
 

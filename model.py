@@ -58,7 +58,8 @@ class CNN(nn.Module):
             Block(width, 2 * width, depth=2),
             Block(2 * width, 4 * width, depth=2),
         )
-        self.head = nn.Linear(4 * width, 10)
+        self.linear = nn.Linear(4 * width, 10)
+        self.linear.weight.data.mul_(2)  # makes up for half the features, at first
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # Convolutions on a CPU are up to twice as fast in this memory format.
@@ -70,7 +71,9 @@ class CNN(nn.Module):
         ):
             features = F.gelu(self.whitening(images))
         features = self.blocks(features).amax((2, 3))  # so any size of image fits
-        return self.head(features)
+        # Large features make large steps of the last layer, whose rate is the filters':
+        # halved, +0.4 points (held out).
+        return self.linear(features / 2)
 
     @torch.no_grad()
     def whiten(self, images: torch.Tensor):

@@ -181,7 +181,7 @@ class Code:
 
 def flip_a_bit_of_a_weight(path):
     content = bytearray(path.read_bytes())
-    weight = load(path)["model_state_dict"]["head.weight"]
+    weight = load(path)["model_state_dict"]["linear.weight"]
     content[content.index(weight.numpy().tobytes())] ^= 1
     path.write_bytes(content)
 
@@ -196,8 +196,8 @@ def changed(how):
     return lambda path: change(path, how)
 
 
-def head_bias(x):
-    return changed(lambda saved: saved["model_state_dict"].update({"head.bias": x}))
+def linear_bias(x):
+    return changed(lambda saved: saved["model_state_dict"].update({"linear.bias": x}))
 
 
 DAMAGES = {
@@ -209,8 +209,8 @@ DAMAGES = {
     "a whole model": lambda path: torch.save(CNN(8), path),
     "bare weights": lambda path: torch.save(CNN(8).state_dict(), path),
     "NumPy's": changed(lambda saved: saved.update(loss=np.mean([1]))),
-    "not finite": head_bias(torch.full((10,), float("nan"))),
-    "a wrong shape": head_bias(torch.ones(9)),
+    "not finite": linear_bias(torch.full((10,), float("nan"))),
+    "a wrong shape": linear_bias(torch.ones(9)),
     "another model's": changed(lambda x: x["settings"].update(model="ResNet18")),
 }
 

@@ -42,7 +42,7 @@ def test_one_line_an_epoch_and_the_same_bits_again(call, checkpoint):
     assert same_bits(checkpoint, "again.pth")
     call(train, *SMALL, "--checkpoint", "other.pth", "--seed", "2")
     one, other = (load(x)["model_state_dict"] for x in (checkpoint, "other.pth"))
-    assert not torch.equal(one["head.weight"], other["head.weight"])
+    assert not torch.equal(one["linear.weight"], other["linear.weight"])
     filters, negatives = one["whitening.weight"].chunk(2)
     assert torch.equal(filters, -negatives)  # it was whitened
 
@@ -186,7 +186,7 @@ def test_what_is_not_finite_stops_the_run(refused, checkpoint, trained, monkeypa
 
     def train_epoch(network, *args):  # whose last step spoils it
         row = whole_epoch(network, *args)
-        network.head.bias.data[3] = float("inf")
+        network.linear.bias.data[3] = float("inf")
         return row
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
