@@ -18,7 +18,7 @@ PATCH = 2  # px: the first layer looks at 2x2 patches, as in hlb-CIFAR10
 def conv_norm(channels_in: int, channels: int) -> list[nn.Module]:
     """A 3x3 convolution and a batch norm, whose bias takes the place of its own."""
     conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-    # Before a norm, smaller weights learn faster (lecture's first loss: 1.31, not 1.45).
+    # Before a norm, smaller weights learn faster (lecture's first loss 1.31, not 1.45).
     conv.weight.data.mul_(0.5)
     return [conv, nn.BatchNorm2d(channels)]
 
