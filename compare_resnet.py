@@ -2,9 +2,7 @@
 
     python train.py             # first: the model that is compared
     python compare_resnet.py    # trains ResNet18, or takes the finished one
-
     python compare_resnet.py --small-stem    # for 32x32 images: an hour
-
     python evaluation.py --curves a.png resnet18_cifar.pth    # draws both
 
 ResNet18 starts from random weights, as ours does: no pretrained part.
@@ -15,14 +13,14 @@ and the options of training are for ResNet18.
 import math
 from pathlib import Path
 
-import dataset  # isort: skip - before torch, whose environment it sets
-import torch
+from dataset import CHECKPOINTS, CLASSES, ImageDataset, cifar_dataset  # isort: skip
+import torch  # after dataset.py, which sets its environment
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
-from dataset import CLASSES, ImageDataset, cifar_dataset
-from evaluation import confusions, load_checkpoint, load_cnn, predict
+from dataset import command_line, run
+from evaluation import confusions, load_checkpoint, load_cnn, load_weights, predict
 from train import add_options, check_writable, fit, settings_of
 
 
@@ -33,7 +31,7 @@ def make_resnet(small_stem: bool) -> nn.Module:
     `small_stem` (3x3, stride 1, no pooling, as the paper's own networks for CIFAR-10
     begin) all 32x32 enter the first block.
     """
-    resnet = resnet18(num_classes=10)
+    resnet = resnet18(num_classes=len(CLASSES))
     if small_stem:
         resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         resnet.maxpool = nn.Identity()
@@ -43,13 +41,14 @@ def make_resnet(small_stem: bool) -> nn.Module:
 def measure(model, path: Path, test_data: ImageDataset, device) -> dict[str, str]:
     """The figures of a model and its checkpoint: in all, then accuracy in each class."""
     checkpoint = load_checkpoint(path)
+    load_weights(model, checkpoint["model_state_dict"])  # maybe not memory's: averaged
     with FlopCounterMode(display=False) as counter:
         model.cpu().eval()(torch.zeros(1, 3, 32, 32))
     table = confusions(predict(model, test_data, device), test_data.targets)
     # The lecture's checkpoints have no history.
     trained = sum(row.get("seconds", math.nan) for row in checkpoint["history"])
     figures = {
-        "test accuracy": f"{table.trace() / table.sum():.2%}",
+        "accuracy": f"{table.trace() / table.sum():.2%}",
         "parameters": f"{sum(weight.numel() for weight in model.parameters()):,}",
         "MACs per image": f"{counter.get_total_flops() // 2:,}",
         "training seconds": f"{trained or math.nan:,.0f}",
@@ -61,7 +60,7 @@ def measure(model, path: Path, test_data: ImageDataset, device) -> dict[str, str
 
 
 def main():
-    parser = dataset.command_line(__doc__)
+    parser = command_line(__doc__)
     add_options(parser)
     add = parser.add_argument
     file = "ResNet18's checkpoint (default: resnet18_cifar.pth)"
@@ -70,9 +69,8 @@ def main():
     args = parser.parse_args()
     default = "resnet18_small_stem" if args.small_stem else "resnet18_cifar"
     default += "_synthetic" if args.synthetic else ""
-    path = args.checkpoint or dataset.CHECKPOINTS[args.synthetic]
+    path = args.checkpoint or CHECKPOINTS[args.synthetic]
     resnet_path = args.resnet_checkpoint or Path(f"{default}.pth")
-    device = dataset.pick_device(args.device)
     kind = {"synthetic": args.synthetic, "holdout": args.holdout}
     cnn, _ = load_cnn(path, **kind)
     train_data, test_data = cifar_dataset(args.data, **kind)
@@ -83,13 +81,13 @@ def main():
     torch.manual_seed(args.seed)
     resnet = make_resnet(args.small_stem)
     held_out = test_data if args.holdout else None  # never the test images
-    fit(resnet, train_data, held_out, settings, resnet_path, resume, device)
-    ours = measure(cnn, path, test_data, device)
-    theirs = measure(resnet, resnet_path, test_data, device)
+    fit(resnet, train_data, held_out, settings, resnet_path, resume, args.device)
+    ours = measure(cnn, path, test_data, args.device)
+    theirs = measure(resnet, resnet_path, test_data, args.device)
     print(f"\n{'':24}{'our CNN':>14}{name:>30}")
     for figure, value in ours.items():
         print(f"{figure:24}{value:>14}{theirs[figure]:>30}")
 
 
 if __name__ == "__main__":
-    dataset.run(main)
+    run(main)

@@ -52,7 +52,9 @@ URLS = (
 STALL = 30  # s without a byte: then the next mirror is tried
 OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # no mirror's fault
 ARCHIVE_SUFFIXES = (".tar", ".gz", ".tgz")  # not a half download's .crdownload
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")  # of images; not Thumbs.db
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")  # of images
+ANOTHER = f"name another by --data: {CIFAR10.filename}, {CIFAR10.base_folder}/, or a"
+ANOTHER += f" folder of train/ and test/, each of {CLASSES[0]}/ to {CLASSES[-1]}/"
 CHECKPOINTS = {False: Path("cifar_cnn.pth"), True: Path("synthetic.pth")}  # --synthetic
 
 
@@ -65,11 +67,12 @@ class ImageDataset(Dataset):
     """
 
     classes = CLASSES  # as in torchvision's data sets
-    transform = property()  # setting one is an error: it would change nothing
+    transform = property()  # no setter: setting one is an error, not without effect
 
     def __init__(self, images, targets, augment: bool = False):
         self.images, self.augment = torch.as_tensor(images).contiguous(), augment
         self.targets = torch.as_tensor(targets).tolist()
+        self.class_to_idx = {name: label for label, name in enumerate(CLASSES)}
         self.size = self.images.shape[-1]  # px, in which images are read
         self.mirrored = None  # N bools: which are in this epoch; None: at random
 
@@ -82,7 +85,7 @@ class ImageDataset(Dataset):
         """
         generator = torch.Generator().manual_seed(seed)
         half = torch.rand(len(self), generator=generator) < 0.5
-        self.mirrored, self.size = half ^ bool(epoch % 2), size
+        self.mirrored, self.size = (~half if epoch % 2 else half), size
 
     def __len__(self):
         return len(self.targets)
@@ -91,14 +94,14 @@ class ImageDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices):
-        """The samples of a whole batch at once, as torch.utils.data.Dataset allows."""
+        """With an s: the samples of a whole batch, as torch.utils.data.Dataset allows."""
         indices = [operator.index(i) for i in indices]  # NumPy's and tensors', too
         labels = [self.targets[i] for i in indices]
         which = torch.tensor(indices)
         if self.augment:
             images = self.shift_and_mirror(which)
         else:
-            images = normalize(self.images[send(which, self.images.device)])
+            images = normalize(self.images[to_device(which, self.images.device)])
         images = resize(images, [self.size, self.size])
         # DataLoader's collate wants samples; it stacks them into one batch again.
         return list(zip(images, labels))
@@ -108,9 +111,8 @@ class ImageDataset(Dataset):
         count, mirror = len(which), self.mirrored
         mirror = torch.rand(count) < 0.5 if mirror is None else mirror[which]
         down, right = torch.randint(2 * SHIFT + 1, (2, count))
-        # One transfer to a GPU instead of four.
-        choices = send(torch.stack([which, mirror, down, right]), self.images.device)
-        which, mirror, down, right = choices
+        choices = torch.stack([which, mirror, down, right])  # one transfer to a GPU
+        which, mirror, down, right = to_device(choices, self.images.device)
         images = normalize(self.images[which])
         images = torch.where(mirror.view(-1, 1, 1, 1) > 0, images.flip(3), images)
         padded = F.pad(images, [SHIFT] * 4, mode="reflect")
@@ -122,12 +124,12 @@ class ImageDataset(Dataset):
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 3, H, W) to float32 of mean 0 and deviation 1 over the training data."""
-    mean, std = (send(x, images.device) for x in (MEAN, STD))
+    mean, std = (to_device(x, images.device) for x in (MEAN, STD))
     return (images.float() - mean) / std
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device (non_blocking reads freed memory on MPS: pytorch issue 139550)."""
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Not waited for, on CUDA (MPS would read freed memory: pytorch issue 139550)."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -140,20 +142,12 @@ def cifar_dataset(root="data", synthetic=False, splits=SPLITS, holdout=False):
     None; its class folders need not be there. With `holdout`, the last tenth (500) of
     each class's training images takes the place of the test images.
     """
-    root = Path(root).expanduser()
-    with usable(root, "name another by --data, or move it away and start again"):
-        if synthetic:
-            images = synthetic_images()
-        elif root != Path("data") and not root.exists():
-            raise FileNotFoundError("there is no such file or folder")
-        elif official := find_official(root):
-            with usable(official, "move it away and start again"):
-                images = read_official(official)
-        elif folders := find_class_folders(root):
-            read = ["train"] if holdout else splits
-            images = {split: read_folder(folders[split]) for split in read}
-        else:
-            images = download(root)
+    if synthetic:
+        images = synthetic_images()
+    else:
+        read = ["train"] if holdout else splits
+        with usable(root, ANOTHER):
+            images = find_images(Path(root).expanduser(), read)
     if holdout:
         images = hold_out(*map(torch.as_tensor, images["train"]))
     data = {x: ImageDataset(*images[x], augment=x == "train") for x in splits}
@@ -163,13 +157,30 @@ def cifar_dataset(root="data", synthetic=False, splits=SPLITS, holdout=False):
 def hold_out(images, labels) -> dict:
     """Split training images in two: the last tenth of each class is for testing."""
     out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(10):
+    for label in range(len(CLASSES)):
         of_class = (labels == label).nonzero().flatten()
+        if len(of_class) < 2:
+            fail(f"--holdout needs more training images of {CLASSES[label]}")
         out[of_class[len(of_class) * 9 // 10 :]] = True
     return {"train": (images[~out], labels[~out]), "test": (images[out], labels[out])}
 
 
 # Where the images come from. Each of these gives uint8 (N, 3, 32, 32) and N labels.
+
+
+def find_images(root: Path, splits) -> dict:
+    """What `root` holds, or is downloaded into it where that is no answer about others."""
+    others, default = sorted(x.name for x in root.glob("[!.]*")), root == Path("data")
+    if not default and not root.exists():
+        raise FileNotFoundError("there is no such file or folder")
+    if official := find_official(root):
+        with usable(official, f"move it away, or {ANOTHER}"):
+            return read_official(official)
+    if folders := find_class_folders(root):
+        return {split: read_folder(folders[split]) for split in splits}
+    if others and not default or {*SPLITS} & {name.lower() for name in others}:
+        raise ValueError(f"nothing of it is read: {', '.join(others[:12])}")
+    return download(root)
 
 
 def find_official(root: Path):
@@ -214,44 +225,45 @@ def download(root: Path) -> dict:
     """The official images, from the first mirror that sends their archive whole."""
     socket.setdefaulttimeout(STALL)  # torch.hub would wait for ever
     root.mkdir(parents=True, exist_ok=True)
-    archive = root / CIFAR10.filename
+    part = root / f".{os.getpid()}.part"  # of this process alone
     for url in URLS:
         print(f"Downloading {url} into {root}/")
-        try:  # torch.hub writes into a file beside it, which takes its name at the end
-            torch.hub.download_url_to_file(url, str(archive), progress=on_terminal())
-            return read_official(archive)
+        try:
+            torch.hub.download_url_to_file(url, str(part), progress=on_terminal())
+            images = read_official(part)
+            os.replace(part, root / CIFAR10.filename)
+            return images
         except Exception as error:
             if getattr(error, "errno", None) in OUR_DISK:
                 raise
-            archive.unlink(missing_ok=True)
-            print(f"  failed: {in_words(error)}")
+            print(f"  failed: {reason(error)}")
+        finally:
+            part.unlink(missing_ok=True)
     put = f"put {CIFAR10.filename} into {root}/, or name its place with --data"
     fail(f"no mirror has CIFAR-10 now: {put}, or try: python train.py --synthetic")
 
 
 def find_class_folders(root: Path):
-    """`train/` and `test/` (`Test/`), if any: in `root`, one in it, or around it."""
-    around = [root.absolute().parent] if root.name.lower() in SPLITS else []
-    for folder in [*around, root, *sorted(root.glob("*/"))]:
+    """`train/` and `test/` (`Test/`), if any: in `root`, or one folder in."""
+    for folder in [root, *sorted(root.glob("*/"))]:
         inside = {x.name.lower(): x for x in folder.glob("*/")}
         splits = {x: inside.get(x, folder / x) for x in SPLITS}
         names = {x.name.lower() for split in splits.values() for x in split.glob("*/")}
         if len(names & {*CLASSES}) > 5:  # another data set may have a few of them
             return splits
-    if names := {x.name for x in root.glob("*/*/") if x.parent.name.lower() in SPLITS}:
-        found = ", ".join(sorted(names)[:12])
-        raise ValueError(f"its classes are {found}, not {', '.join(CLASSES)}")
     return None
 
 
 def read_folder(folder: Path):
-    """Images in files: `folder`/<class>/<any name>.png, or JPEG, or WebP."""
-    files = [x for x in folder.glob("[!.]*/[!.]*") if x.suffix.lower() in SUFFIXES]
-    files = sorted(path for path in files if path.parent.name.lower() in CLASSES)
+    """Images in files: `folder`/<class>/<any name>.png, or one of the other SUFFIXES."""
+    # No glob, which passes over a folder that may not be read.
+    inside = sorted(y for x in folder.iterdir() if x.is_dir() for y in x.iterdir())
+    files = [x for x in inside if x.suffix.lower() in SUFFIXES and x.name[0] != "."]
+    files = [x for x in files if x.parent.name.lower() in CLASSES]
     names = [path.parent.name.lower() for path in files]
-    if missing := {*CLASSES} - {*names}:
-        raise ValueError(f"{folder} has no images of {', '.join(sorted(missing))}")
-    print(f"Reading {len(files):,} images in {folder}/")
+    if missing := sorted({*CLASSES} - {*names}):
+        raise ValueError(f"{folder} has no images {SUFFIXES} of {', '.join(missing)}")
+    print(f"Reading {len(files):,} of {len(inside):,} files in {folder}/")
     images = [np.asarray(read_image(path, (32, 32))) for path in files]
     return np.stack(images).transpose(0, 3, 1, 2), [CLASSES.index(x) for x in names]
 
@@ -259,9 +271,9 @@ def read_folder(folder: Path):
 def synthetic_images() -> dict:
     """5,000 + 1,000 images of ten easy kinds: a soft pattern each, under noise."""
     generator = torch.Generator().manual_seed(0)
-    patterns = torch.rand(10, 3, 4, 4, generator=generator)
+    patterns = torch.rand(len(CLASSES), 3, 4, 4, generator=generator)
     patterns = F.interpolate(patterns, size=32, mode="bilinear")
-    labels = torch.arange(6000) % 10
+    labels = torch.arange(6000) % len(CLASSES)
     noise = torch.rand(6000, 32, 32, 3, generator=generator).permute(0, 3, 1, 2)
     images = (255 * (patterns[labels] + 5 * noise) / 6).byte()
     return dict(zip(SPLITS, zip(images.split(5000), labels.split(5000))))
@@ -285,29 +297,32 @@ def read_image(path, size=None) -> Image.Image:
 
 def fail(message):
     """End as every user's mistake ends: one line on stderr, status 2, no traceback."""
-    print("error:", re.sub(r"[ \t\r\n]+", " ", str(message)), file=sys.stderr)
+    if sys.flags.dev_mode and sys.exc_info()[0]:  # python -X dev: what is behind it
+        traceback.print_exc()
+    print("error:", re.sub(r"\s*[\r\n]\s*", " ", str(message)), file=sys.stderr)
     raise SystemExit(2)
 
 
-def in_words(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first words of an error, for one line of ours."""
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return f"no {words}" if isinstance(error, KeyError) else words[:300]
+    words = re.sub(r"^\[\w+ \d+\] ", "", str(error)) or type(error).__name__
+    words = f"no {words}" if isinstance(error, KeyError) else words
+    return words.partition(". ")[0][:300]  # then torch advises to switch its checks off
 
 
 @contextmanager
 def usable(path, way_out: str):
-    """Around all that reads or writes somebody's file: what fails ends in one line.
+    """Around what reads or writes a file, and nothing else: an error ends the program.
 
-    `error: PATH cannot be used (REASON): WAY OUT`. Code inside that finds a fault
-    itself raises ValueError(REASON); `fail` passes through.
+    In one line, `error: PATH cannot be used (REASON): WAY OUT`. Code inside that finds a
+    fault itself raises ValueError(REASON); `fail` passes through.
     """
     try:
         yield
     except (BrokenPipeError, MemoryError):  # no fault of the file's; see `run`
         raise
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
-        fail(f"{path} cannot be used ({in_words(error)}): {way_out}")
+        fail(f"{path} cannot be used ({reason(error)}): {way_out}")
 
 
 def on_terminal() -> bool:
@@ -315,20 +330,11 @@ def on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def pick_device(name) -> torch.device:
-    """The device of that name; without one CUDA's where it works, or else the CPU.
-
-    Never Apple's MPS: wrong gradients for channels_last (pytorch/pytorch issue 175189).
-    """
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        (torch.ones(1, device=device) + 1).item()  # does it really compute?
-        return torch.device(device)
-    except (RuntimeError, AssertionError, ImportError):
-        if name:
-            fail(f"no device {name} here: try --device cpu")
-        print("the GPU does not work with this version of PyTorch: the CPU is used")
-        return torch.device("cpu")
+def pick_device(name: str) -> torch.device:
+    """The device of that name, if it computes with this version of PyTorch."""
+    with usable(f"device {name}", "try --device cpu"):
+        (torch.ones(1, device=name) + 1).item()
+    return torch.device(name)
 
 
 def command_line(about: str) -> argparse.ArgumentParser:
@@ -344,7 +350,10 @@ def command_line(about: str) -> argparse.ArgumentParser:
     add("--holdout", action="store_true", help="test on 5,000 held-out training images")
     own = "our network's file (default: cifar_cnn.pth, or synthetic.pth)"
     add("--checkpoint", type=Path, metavar="FILE", help=own)
-    add("--device", metavar="NAME", help="cpu, cuda, mps... (default: cuda, else cpu)")
+    # Never Apple's MPS: wrong gradients for channels_last (pytorch issue 175189).
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    how = {"type": pick_device, "default": best, "metavar": "NAME"}
+    add("--device", **how, help="cpu, cuda, mps... (default: cuda, else cpu)")
     return parser
 
 
@@ -358,12 +367,13 @@ def run(main):
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("\nstopped: a training goes on by --resume", file=sys.stderr)
+        print("\nstopped: --resume goes on after a saved epoch", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # as in `python train.py | head -1`
         os._exit(141)  # at once: Python would try to write the rest, too
-    except Exception as error:  # noqa: BLE001 - torch has no class for a full memory
-        if isinstance(error, (OSError, MemoryError)) or "memory" in str(error):
-            fail(in_words(error))
+    except Exception as error:  # noqa: BLE001 - a bug, which has its traceback
+        full = re.search("out of memory|tried to allocate", str(error))  # torch's words
+        if full or isinstance(error, MemoryError):
+            fail(f"full memory ({reason(error)}): close programs or lower --batch-size")
         traceback.print_exc()
         sys.exit(2)  # Python's own 1 would say that the target is missed

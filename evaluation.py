@@ -9,31 +9,27 @@ It also reads what the course's own train.py ("the lecture's") saves of our netw
 There is no test-time augmentation.
 """
 
+import inspect
 import os
-import re
-import shlex
 import tarfile
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
-import dataset  # isort: skip - before torch, whose environment it sets
-import torch
+from dataset import CHECKPOINTS, CLASSES, ImageDataset, cifar_dataset  # isort: skip
+import torch  # after dataset.py, which sets its environment
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dataset import CLASSES, ImageDataset, cifar_dataset, fail, usable
+from dataset import command_line, fail, read_image, run, usable
 from model import CNN
 
 GOAL = 0.55  # the accuracy that the assignment asks for
 WORST = 8  # mistakes drawn of each class: the sheet is 920 px wide
-# What is drawn of a history: panel, key, style, words in the legend.
-CURVES = [(0, "loss", ".-", ""), (1, "accuracy", ".-", "")]
-CURVES += [(1, "held_out", ".--", ", held out")]  # train.py --holdout
-# The lecture's checkpoints have no settings: they were trained with these.
-LECTURE_SETTINGS = {"model": "CNN", "synthetic": False, "holdout": False}
-TRAIN_ANEW = "name another, or move it away and train anew"  # for a bad checkpoint
+LECTURE = {"model": "CNN", "synthetic": False, "holdout": False}  # saves no settings
+TRAIN_ANEW = "name what train.py has saved, or move it away and train anew"
+CHANGED = f"change model.py back to the network that was trained, {TRAIN_ANEW}"
+FONTS = ["DejaVu Sans", "Yu Gothic", "Hiragino Sans", "Noto Sans CJK JP"]  # Japanese
 
 
 @torch.no_grad()
@@ -53,8 +49,8 @@ def accuracy(model, data: ImageDataset, device) -> float:
 
 def confusions(logits: torch.Tensor, targets: list[int]) -> torch.Tensor:
     """How often images of each class were taken for which: int64 (true, taken for)."""
-    pairs = 10 * torch.tensor(targets) + logits.argmax(1)  # 0..99
-    return torch.bincount(pairs, minlength=100).view(10, 10)
+    pairs = len(CLASSES) * torch.tensor(targets) + logits.argmax(1)  # 0..99
+    return torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
 
 
 def report(logits: torch.Tensor, targets: list[int]) -> float:
@@ -72,7 +68,7 @@ def report(logits: torch.Tensor, targets: list[int]) -> float:
     wrong = confusion.fill_diagonal_(0).flatten()
     for pair in wrong.argsort(descending=True, stable=True)[:5].tolist():
         if wrong[pair]:
-            true, taken = CLASSES[pair // 10], CLASSES[pair % 10]
+            true, taken = (CLASSES[i] for i in divmod(pair, len(CLASSES)))
             print(f"  {wrong[pair]:4} x {true} taken for {taken}")
     return correct / count
 
@@ -81,7 +77,7 @@ def draw_mistakes(logits: torch.Tensor, data: ImageDataset, file: str):
     """Draw a row for each class: its images that were mistaken most confidently."""
     column, row = 100, 120  # px: an image, three times as large, with its caption
     left, top = 120, 40  # px: the names of the classes, the title
-    sheet = Image.new("RGB", (left + WORST * column, top + 10 * row), "white")
+    sheet = Image.new("RGB", (left + WORST * column, top + len(CLASSES) * row), "white")
     draw = ImageDraw.Draw(sheet)
     title = "row: true class; red: what it was taken for, and the confidence"
     draw.text((left, 10), title, fill="black", font_size=16)
@@ -105,26 +101,32 @@ def draw_mistakes(logits: torch.Tensor, data: ImageDataset, file: str):
 def draw_curves(histories: dict[str, list[dict]], file: str):
     """Draw loss and accuracy of each epoch of training; a line for each name."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own may be missing here
-    with usable(file, "name it curves.png, say; it needs: pip install matplotlib"):
-        from matplotlib import pyplot  # not a requirement of the scripts
-
-        pyplot.rcdefaults()  # not with somebody's LaTeX
-        pyplot.rcParams["text.parse_math"] = False  # of a name between two $
-        figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        for i, (name, history) in enumerate(histories.items()):
-            if not history:
-                raise ValueError(f"{name} has no history, as the lecture's")
-            for panel, key, style, what in CURVES:
-                points = [(n, x[key]) for n, x in enumerate(history, 1) if key in x]
-                label = f" {name}{what}"  # a _ in front would hide it
-                if points:
-                    panels[panel].plot(*zip(*points), style, color=f"C{i}", label=label)
-        for panel, what in zip(panels, ("loss", "accuracy")):
-            panel.set(xlabel="epoch", ylabel=f"training {what}")
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.grid(alpha=0.3)
-        panels[1].yaxis.set_major_formatter("{x:.0%}")
-        panels[1].legend()
+    with usable("matplotlib", "pip install matplotlib"):  # not in requirements.txt
+        from matplotlib import font_manager, pyplot, ticker
+    pyplot.rcdefaults()  # not with somebody's LaTeX
+    pyplot.rcParams["text.parse_math"] = False  # of a name between two $
+    known = font_manager.get_font_names()
+    pyplot.rcParams["font.family"] = [font for font in FONTS if font in known]
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for i, (name, history) in enumerate(histories.items()):
+        if not history:
+            fail(f"{name} has no history, as the lecture's: draw another's curves")
+        for panel, key in enumerate(["loss", "accuracy", "held_out"]):
+            points = [(n, x[key]) for n, x in enumerate(history, 1) if key in x]
+            label = f" {name}" + ", held out" * (
+                panel > 1
+            )  # a _ in front would hide it
+            style = {"marker": ".", "color": f"C{i}", "ls": "--" if panel > 1 else "-"}
+            if points:
+                panels[min(panel, 1)].plot(*zip(*points), **style, label=label)
+    for panel, what in zip(panels, ("loss", "accuracy")):
+        panel.set(xlabel="epoch", ylabel=f"training {what}")
+        panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        panel.grid(alpha=0.3)
+    panels[1].yaxis.set_major_formatter(ticker.PercentFormatter(1))
+    panels[1].legend()
+    file = Path(file).with_suffix(Path(file).suffix or ".png")
+    with usable(file, "name it curves.png, say"):
         figure.savefig(file, dpi=150)
     print(f"{file}: loss and accuracy of each epoch of training")
 
@@ -132,7 +134,7 @@ def draw_curves(histories: dict[str, list[dict]], file: str):
 def classify_photo(model, photo: str, device):
     """Print the three likeliest classes of an image file of any size."""
     # The network knows 32x32 alone, so the central square is made as small.
-    small = ImageOps.fit(dataset.read_image(photo), (32, 32), Image.BOX)
+    small = ImageOps.fit(read_image(photo), (32, 32), Image.BOX)
     data = ImageDataset(pil_to_tensor(small)[None], [0])  # any label
     print(f"{photo}:")
     for share, label in zip(*predict(model, data, device)[0].softmax(0).topk(3)):
@@ -148,46 +150,29 @@ def read_file(path: Path) -> dict:
     """What `torch.save` wrote, on the CPU; no code in it runs."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
-            sound = archive.testzip() is None
-    else:  # a tar may run code up to torch 2.5: CVE-2025-32434
-        sound = not tarfile.is_tarfile(path)
-    # torch's own words advise to let the file run code; ours never do.
-    with suppress(Exception):
-        found = sound and torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(found, dict):  # torch 2.2 reads TorchScript, too
-            return found
-    with open(path, "rb") as file:  # a web page, a script, half a file, ...
-        what = f"{path.stat().st_size:,} bytes that begin with {file.read(16)}"
-    raise ValueError(f"{what}: no dict of tensors, numbers and texts by torch.save")
+            if archive.testzip():
+                raise ValueError("its checksums are wrong or missing")
+    elif tarfile.is_tarfile(path):  # it may run code up to torch 2.5: CVE-2025-32434
+        raise ValueError("torch.save has not made it")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path: Path) -> dict:
     """The checkpoint `path`, checked but for its weights, or a one-line error.
 
-    `history` has the numbers of each epoch, and is empty in the lecture's.
+    `history` has the numbers of each epoch, and is empty in others' than train.py's.
     """
-    if not path.exists():
-        beside = Path(__file__).with_name(path.name)
-        look = f"add --checkpoint {shlex.quote(beside.as_posix())}"
-        hint = look if beside.exists() else "train first, without --resume"
-        fail(f"there is no {path.absolute()}: {hint}")
     with usable(path, TRAIN_ANEW):
+        if not path.exists():
+            train_first = "train first (without --resume), or name it by --checkpoint"
+            fail(f"there is no {path.absolute()}: {train_first}")
         found = read_file(path)
-        weights = found["model_state_dict"]
-        prefix = r"^((module|_orig_mod)\.)+"  # of DataParallel and torch.compile
         return {
             **found,
             "epoch": int(found["epoch"]),
-            "model_state_dict": {re.sub(prefix, "", x): y for x, y in weights.items()},
-            "settings": {**LECTURE_SETTINGS, **found.get("settings", {})},
-            "history": [numbers(row) for row in found.get("history", [])],
+            "settings": {**LECTURE, **found.get("settings", {})},
+            "history": found["history"] if "image_losses" in found else [],
         }
-
-
-def numbers(row) -> dict:
-    """Of a history's row, which may be anything, the numbers."""
-    items = row.items() if isinstance(row, dict) else ()
-    return {key: x for key, x in items if isinstance(x, (int, float))}
 
 
 def check_settings(path: Path, checkpoint: dict, wanted: dict):
@@ -199,47 +184,54 @@ def check_settings(path: Path, checkpoint: dict, wanted: dict):
 
 
 def load_weights(model: torch.nn.Module, weights: dict):
-    """Put `weights` into `model`; they must fit exactly and be finite, or it raises."""
+    """Put `weights` into `model`; they must fit and be finite, or it raises."""
     model.load_state_dict(weights)
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+    if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError("its weights are not all finite numbers")
 
 
-def load_cnn(path: Path, **kind) -> tuple[CNN, dict]:
+def make_cnn(width=None) -> torch.nn.Module:
+    """The network of model.py; one of your own need not have a width."""
+    if width is None:
+        return CNN()
+    if "width" not in inspect.signature(CNN).parameters:
+        fail(f"the CNN of model.py has no width {width}: leave it out, or {CHANGED}")
+    return CNN(width=width)
+
+
+def load_cnn(path: Path, **kind) -> tuple[torch.nn.Module, dict]:
     """The network of a checkpoint of ours or of the lecture's, and the checkpoint.
 
     `kind`: synthetic and holdout, as it must have been trained.
     """
     checkpoint = load_checkpoint(path)
     check_settings(path, checkpoint, {"model": "CNN", **kind})
-    with usable(path, TRAIN_ANEW):
-        weights = checkpoint["model_state_dict"]
-        model = CNN(weights["linear.weight"].shape[1] // 4)  # of any width
-        load_weights(model, weights)
+    model = make_cnn(checkpoint["settings"].get("width"))
+    with usable(path, CHANGED):
+        load_weights(model, checkpoint["model_state_dict"])
     return model, checkpoint
 
 
 def main():
-    parser = dataset.command_line(__doc__)
+    parser = command_line(__doc__)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--mistakes", metavar="FILE", help="draw the most confident mistakes")
     more, beside = ("FILE", "CHECKPOINT"), "and of other checkpoints (needs matplotlib)"
     add("--curves", nargs="+", metavar=more, help=f"draw the history, {beside}")
     add("--image", metavar="FILE", help="name the likeliest classes of this photo")
     args = parser.parse_args()
-    path = args.checkpoint or dataset.CHECKPOINTS[args.synthetic]
-    device = dataset.pick_device(args.device)
+    path = args.checkpoint or CHECKPOINTS[args.synthetic]
     kind = {"synthetic": args.synthetic, "holdout": args.holdout}
     model, checkpoint = load_cnn(path, **kind)
     if args.image is not None:
-        classify_photo(model, args.image, device)
+        classify_photo(model, args.image, args.device)
         return 0
     if args.curves:
         file, *others = args.curves
         histories = {x: load_checkpoint(Path(x))["history"] for x in others}
         draw_curves({str(path): checkpoint["history"], **histories}, file)
     _, test_data = cifar_dataset(args.data, splits=["test"], **kind)
-    logits = predict(model, test_data, device)
+    logits = predict(model, test_data, args.device)
     right = report(logits, test_data.targets)
     if args.mistakes:
         draw_mistakes(logits, test_data, args.mistakes)
@@ -254,4 +246,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dataset.run(main)
+    run(main)

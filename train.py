@@ -11,7 +11,6 @@ import argparse
 import errno
 import io
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -20,16 +19,15 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import dataset  # isort: skip - before torch, whose environment it sets
-import torch
+from dataset import CHECKPOINTS, CLASSES, SPLITS, ImageDataset, cifar_dataset, to_device  # isort: skip
+import torch  # after dataset.py, which sets its environment
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from dataset import ImageDataset, cifar_dataset, fail, normalize, send, usable
-from evaluation import accuracy, check_settings, load_checkpoint, load_weights
-from model import CNN, WIDTH
+from dataset import command_line, fail, normalize, on_terminal, reason, run, usable
+from evaluation import accuracy, check_settings, load_checkpoint, load_weights, make_cnn
 
 EPOCHS = 14  # about as long as the lecture's 20 epochs of a small network take
 BATCH_SIZE = 128  # images a step
@@ -37,8 +35,8 @@ BATCH_SIZE = 128  # images a step
 # for ever (Szegedy et al. 2016). One loss for each image: `choose` needs it.
 CRITERION = nn.CrossEntropyLoss(label_smoothing=0.2, reduction="none")
 SMALL_SIZE = 24  # px: smaller images take half the time
-SMALL_EPOCHS = 0.7  # share of the epochs that see them: +0.3 points (fast.ai)
-ALL_EPOCHS = 1 / 6  # share of the epochs, the last ones, that see all images; so does 1
+SMALL_EPOCHS = 0.7  # share of the epochs, the first, that see them: +0.3 (fast.ai)
+ALL_EPOCHS = 1 / 6  # share of the epochs, the last, that see all images; the first does
 HARD = 0.3  # share of images, the hardest, that all epochs see: +0.5 points
 WARM_UP = 0.2  # share of the steps: large steps from random weights go astray
 
@@ -70,18 +68,19 @@ def train_epoch(model, loader, optimizer, scheduler, device):
     their order. Loss and accuracy (0 to 1) are of augmented, mostly hard images.
     """
     model.train()
-    start, rate = time.perf_counter(), scheduler.get_last_lr()[0]
+    start, rates = time.perf_counter(), []
     fast = fast_bfloat16(device)
-    autocast_device = device.type if fast else "cpu"  # it does not know every one
+    autocast_device = device.type if fast else "cpu"  # of some others it knows nothing
     correct, losses = 0, []  # on the device: no step waits for their numbers
     for images, labels in progress(loader):
-        images, labels = send(images, device), send(labels, device)
+        images, labels = to_device(images, device), to_device(labels, device)
         optimizer.zero_grad()
         with torch.autocast(autocast_device, torch.bfloat16, enabled=fast):
             logits = model(images).float()
         loss = CRITERION(logits, labels)  # of each image
         loss.mean().backward()
         optimizer.step()
+        rates += scheduler.get_last_lr()
         scheduler.step()
         losses.append(loss.detach())
         correct += (logits.argmax(1) == labels).sum()
@@ -89,7 +88,7 @@ def train_epoch(model, loader, optimizer, scheduler, device):
     row = {
         "loss": losses.mean().item(),
         "accuracy": correct.item() / len(losses),
-        "learning_rate": rate,
+        "learning_rate": sum(rates) / len(rates),
         "seconds": time.perf_counter() - start,
     }
     return row, losses
@@ -102,11 +101,12 @@ def fit(model, train_data, held_out, settings: dict, path: Path, resume, device)
     resumed ends, on a CPU, with the same bits as without the break.
     """
     seed, batch_size = settings["seed"], settings["batch_size"]
-    plan = plan_epochs(settings["epochs"], batch_size, len(train_data))
-    model.to(device)
+    small = first_size(model.to(device), device)
+    plan = plan_epochs(settings["epochs"], batch_size, len(train_data), small)
     train_data.images = train_data.images.to(device)  # augmented there, too
     optimizer = OPTIMIZERS[settings["optimizer"]](model.parameters(), lr=settings["lr"])
-    history, image_losses, checksum = [], torch.zeros(len(train_data)), None
+    image_losses = torch.full([len(train_data)], torch.inf)  # no epoch has seen them
+    history, checksum = [], None  # the checksum is of what this run wrote last
     if resume:
         history, image_losses, checksum = restore(path, model, optimizer, settings)
     scheduler = make_scheduler(optimizer, plan, batch_size, len(history))
@@ -114,13 +114,13 @@ def fit(model, train_data, held_out, settings: dict, path: Path, resume, device)
     for epoch, (count, size) in enumerate(plan[len(history) :], len(history)):
         torch.manual_seed(1000 * seed + epoch)  # for a resumed run, too
         train_data.set_epoch(epoch, size, seed)
-        chosen = choose(image_losses, count)
+        chosen = choose_images(image_losses, count)
         # drop_last: what batch norm finds in a last batch of a few images is noise.
         loader = DataLoader(train_data, batch_size, sampler=chosen, drop_last=True)
         row, losses = train_epoch(model, loader, optimizer, scheduler, device)
-        if not all(x.isfinite().all() for x in [losses, *model.state_dict().values()]):
+        if not all(x.isfinite().all() for x in [losses, *model.parameters()]):
             fail("the loss is not a finite number any more: choose a smaller --lr")
-        image_losses[chosen[: len(losses)]] = losses  # drop_last left the end out
+        image_losses[chosen[: len(losses)]] = losses  # drop_last left out the end
         if held_out:
             row["held_out"] = accuracy(model, held_out, device)
         history.append(row)
@@ -146,15 +146,13 @@ def on_cpu(state):
 
 def progress(loader: DataLoader):
     """The loader's batches; on a terminal with a bar, which erases itself."""
-
-    def show(text: str):
-        if dataset.on_terminal():
-            print(f"\r{text}", end="", file=sys.stderr, flush=True)
-
     for number, batch in enumerate(loader):
-        show(f"[{'#' * (20 * number // len(loader)):20}] {number}/{len(loader)}")
+        if on_terminal():
+            bar = f"[{'#' * (20 * number // len(loader)):20}] {number}/{len(loader)}"
+            print(f"\r{bar}", end="", file=sys.stderr, flush=True)
         yield batch
-    show(f"{'':40}\r")
+    if on_terminal():
+        print(f"\r{'':40}\r", end="", file=sys.stderr, flush=True)
 
 
 def print_start(model: nn.Module, epochs: int, device: torch.device):
@@ -181,19 +179,32 @@ def print_epoch(history: list[dict], plan: list[tuple[int, int]]):
 # The recipe: which images, in which size, at which learning rates.
 
 
-def plan_epochs(epochs: int, batch_size: int, images: int) -> list[tuple[int, int]]:
-    """How many images each epoch sees, and in which size (px)."""
+@torch.no_grad()
+def first_size(model: nn.Module, device: torch.device) -> int:
+    """The size (px) of the first epochs' images: 32 for a network that takes 32 alone."""
+    shape = model.eval()(torch.zeros(2, 3, 32, 32, device=device)).shape
+    if shape != (2, len(CLASSES)):
+        fail(f"model.py's CNN makes {(*shape,)} of 2 images, not (2, {len(CLASSES)})")
+    try:
+        model(torch.zeros(2, 3, SMALL_SIZE, SMALL_SIZE, device=device))
+        return SMALL_SIZE
+    except Exception:  # noqa: BLE001 - whatever it raises: it took 32 px
+        return 32
+
+
+def plan_epochs(epochs, batch_size, images, small=SMALL_SIZE) -> list[tuple[int, int]]:
+    """How many images each epoch sees, and in which size (px): the first in `small`."""
     hard_and_half_the_others = round((HARD + (1 - HARD) / 2) * images)
     counts = [hard_and_half_the_others] * epochs
     for epoch in [0, *range(epochs - max(1, int(ALL_EPOCHS * epochs)), epochs)]:
         counts[epoch] = images
     if batch_size > min(counts):
         fail(f"--batch-size must be at most {min(counts):,}, the images of an epoch")
-    small = int(SMALL_EPOCHS * epochs)
-    return list(zip(counts, [SMALL_SIZE] * small + [32] * (epochs - small)))
+    first = int(SMALL_EPOCHS * epochs)
+    return list(zip(counts, [small] * first + [32] * (epochs - first)))
 
 
-def choose(losses: torch.Tensor, count: int) -> list[int]:
+def choose_images(losses: torch.Tensor, count: int) -> list[int]:
     """The hardest images and as many of the others as make `count`, in random order.
 
     `losses`: those of all images when they were last seen; a small one teaches little.
@@ -217,7 +228,7 @@ def make_scheduler(optimizer, plan, batch_size: int, done: int) -> LambdaLR:
         x = (step + 1) / (total + 1)
         return min(x / WARM_UP, (1 - x) / (1 - WARM_UP))
 
-    # What LambdaLR calls an epoch is a step here; its constructor makes the first one.
+    # It wants the last step done, counted from 0, and calls that an epoch.
     return LambdaLR(optimizer, factor, done_steps - 1)
 
 
@@ -248,7 +259,7 @@ def save_checkpoint(checkpoint: dict, path: Path, checksum) -> int:
             new = free_name(file, "new")
             write_whole(new, content)  # fails, too, where the disk is full
             go_on = f"this epoch is kept as {new}: name that file and add --resume"
-            fail(f"{path} cannot be replaced ({dataset.in_words(error)}): {go_on}")
+            fail(f"{path} cannot be replaced ({reason(error)}): {go_on}")
     return zlib.crc32(content)
 
 
@@ -301,13 +312,12 @@ def restore(path: Path, model, optimizer, settings: dict):
     with usable(path, "train anew, without --resume"):
         checksum = zlib.crc32(path.read_bytes())  # first: another run may write it now
         checkpoint = load_checkpoint(path)
-        if "image_losses" not in checkpoint:  # the newest key
-            raise ValueError("an older train.py's or the lecture's: it cannot go on")
+        image_losses = checkpoint["image_losses"]  # the lecture's have none
         check_settings(path, checkpoint, settings)
         load_weights(model, checkpoint["model_state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     print(f"{path}: {checkpoint['epoch'] + 1} of {settings['epochs']} epochs are done")
-    return checkpoint["history"], checkpoint["image_losses"], checksum
+    return checkpoint["history"], image_losses, checksum
 
 
 # The command line.
@@ -322,7 +332,7 @@ def add_number(parser, name: str, default, least, most, what: str):
         return value
 
     how = {"type": number, "default": default, "metavar": "N"}
-    what += f" (default: {default or 'the optimizer has one'})"
+    what += f" (default: {default or 'its own'})"
     parser.add_argument(f"--{name}", **how, help=what)
 
 
@@ -333,9 +343,8 @@ def add_options(parser: argparse.ArgumentParser):
     add_number(parser, "seed", 1, 0, 2**32, "the same one gives the same bits")
     add_number(parser, "lr", None, 1e-9, 1000, "highest learning rate")
     five = {"choices": OPTIMIZERS, "default": "momentum"}
-    parser.add_argument("--optimizer", **five, help="one of the lecture's five")
-    go_on = "go on after the last finished epoch"
-    parser.add_argument("--resume", action="store_true", help=go_on)
+    parser.add_argument("--optimizer", **five, help="(default: momentum)")
+    parser.add_argument("--resume", action="store_true", help="go on after a break")
 
 
 def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:
@@ -343,38 +352,29 @@ def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:
     names = ("epochs", "batch_size", "optimizer", "seed", "synthetic", "holdout")
     settings = {name: getattr(args, name) for name in names}
     settings["lr"] = args.lr or OPTIMIZERS[args.optimizer].keywords["lr"]
-    checksum = zlib.crc32(train_data.images[::25].contiguous().numpy())
-    return settings | {"checksum of the images": checksum}
-
-
-def next_command(args: argparse.Namespace) -> str:
-    """How this run's checkpoint is evaluated, to be copied into a terminal."""
-    script = Path(sys.argv[0] or "train.py").with_name("evaluation.py").as_posix()
-    options = [f"--{name}" for name in ("synthetic", "holdout") if getattr(args, name)]
-    for name in ("data", "checkpoint"):
-        if (given := getattr(args, name)) not in (None, "data"):
-            options += [f"--{name}", Path(given).as_posix()]
-    return shlex.join(["python", script, *options])
+    images, labels = train_data.images.numpy(), torch.tensor(train_data.targets).numpy()
+    return settings | {"checksum of the images": zlib.crc32(images, zlib.crc32(labels))}
 
 
 def main():
-    parser = dataset.command_line(__doc__)
+    parser = command_line(__doc__)
     add_options(parser)
-    add_number(parser, "width", WIDTH, 1, 1024, "channels of the first block")
+    add_number(parser, "width", None, 1, 1024, "channels of the first block")
     args = parser.parse_args()
-    path = args.checkpoint or dataset.CHECKPOINTS[args.synthetic]
-    device = dataset.pick_device(args.device)
+    path = args.checkpoint or CHECKPOINTS[args.synthetic]
     check_writable(path, args.resume)
-    splits = dataset.SPLITS if args.holdout else ["train"]  # never the test images
-    source = args.data, args.synthetic, splits, args.holdout
-    train_data, held_out = cifar_dataset(*source)
+    splits = SPLITS if args.holdout else ["train"]  # never the test images
+    images = {"synthetic": args.synthetic, "holdout": args.holdout}
+    train_data, held_out = cifar_dataset(args.data, splits=splits, **images)
     torch.manual_seed(args.seed)
-    model = CNN(args.width)
-    model.whiten(normalize(train_data.images[::25]))  # more change nothing
+    model = make_cnn(args.width)
+    if hasattr(model, "whiten"):  # a network of your own need not
+        model.whiten(normalize(train_data.images[::25]))  # more change nothing
     settings = {"model": "CNN", "width": args.width, **settings_of(args, train_data)}
-    fit(model, train_data, held_out, settings, path, args.resume, device)
-    print(f"{path} is finished. Next: {next_command(args)}")
+    fit(model, train_data, held_out, settings, path, args.resume, args.device)
+    given = "--data, --checkpoint, --synthetic and --holdout as here"
+    print(f"{path} is finished. Next: python evaluation.py ({given})")
 
 
 if __name__ == "__main__":
-    dataset.run(main)
+    run(main)

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,13 +119,6 @@ def start(script, *options, **how) -> subprocess.Popen:
     """A script as a process of its own; to be used in a `with`."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, script, *options], **pipes, **how)
-
-
-def copy_scripts(folder):
-    """As if the project were unpacked there."""
-    Path(folder).mkdir()
-    for script in SCRIPTS.glob("*.py"):
-        shutil.copy(script, folder)
 
 
 def load(path) -> dict:

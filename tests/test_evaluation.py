@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import shlex
 import sys
 import tarfile
 from collections import Counter
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, SCRIPTS, copy_scripts, load, start
+from conftest import CPU, SCRIPTS, load, start
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -67,22 +66,9 @@ def test_the_status_is_the_verdict(call, checkpoint, monkeypatch):
     assert "synthetic.pth holds 3 of 9 epochs" in call(evaluation, SYNTHETIC)[1]
 
 
-def test_an_unexpected_error_is_no_missed_target(call, checkpoint, monkeypatch):
-    monkeypatch.setattr(evaluation, "report", lambda *_: 1 / 0)
-    status, _, err = call(evaluation, SYNTHETIC)
-    assert status == 2 and "Traceback" in err and "ZeroDivisionError" in err
-
-
-def test_a_grader_in_another_folder_is_told_where_the_checkpoint_is(checkpoint):
-    copy_scripts("p")
-    checkpoint.rename("p/synthetic.pth")
-    with start("p/evaluation.py", SYNTHETIC) as run:
-        _, err = run.communicate()
-    assert (run.returncode, err.count("\n")) == (2, 1)
-    added = shlex.split(err.split(": add ")[1])
-    with start("p/evaluation.py", SYNTHETIC, *added) as run:
-        assert run.communicate()[0].startswith("Accuracy: ")
-    assert run.returncode in (0, 1)
+def test_a_grader_in_another_folder_is_told_what_was_looked_for(refused, tmp_path):
+    message = refused(evaluation, SYNTHETIC)
+    assert str(tmp_path / "synthetic.pth") in message and "--checkpoint" in message
 
 
 # Drawings and photos.
@@ -124,8 +110,8 @@ def test_curves_are_drawn_from_the_history(call, checkpoint):
     other = load(checkpoint)
     for row in other["history"]:
         row["held_out"] = row.pop("loss") / 10  # as with --holdout, and without a loss
-    row["accuracy"] = "high"  # no number: not drawn
     torch.save(other, "other.pth")
+    assert "curves.png: " in call(evaluation, SYNTHETIC, "--curves", "curves")[1]
     call(evaluation, SYNTHETIC, "--curves", "curves.png", "other.pth")
     with Image.open("curves.png") as curves:
         assert curves.size == (1500, 600)
@@ -133,7 +119,7 @@ def test_curves_are_drawn_from_the_history(call, checkpoint):
     assert (len(left.lines), len(right.lines)) == (1, 3)
     history = load(checkpoint)["history"]
     drawn = [("loss", history, left.lines[0]), ("accuracy", history, right.lines[0])]
-    drawn += [("accuracy", other["history"][:2], right.lines[1])]
+    drawn += [("accuracy", other["history"], right.lines[1])]
     drawn += [("held_out", other["history"], right.lines[2])]
     for key, rows, line in drawn:
         style = "--" if key == "held_out" else "-"
@@ -163,7 +149,7 @@ def test_what_a_drawing_lacks_is_said_at_once(refused, checkpoint, monkeypatch):
         message = refused(evaluation, SYNTHETIC, "--curves", "a.png")
     assert "pip install matplotlib" in message
     pytest.importorskip("matplotlib")
-    change(checkpoint, lambda saved: saved.pop("history"))  # as the lecture's
+    change(checkpoint, lambda saved: saved.pop("image_losses"))  # as the lecture's
     assert "no history" in refused(evaluation, SYNTHETIC, "--curves", "a.png")
 
 
@@ -222,22 +208,9 @@ def test_bad_checkpoints_are_refused_and_run_no_code(refused, checkpoint, damage
     assert not Path("it ran").exists()
 
 
-def renamed(prefix):
-    def rename(saved):
-        weights = saved["model_state_dict"]
-        saved["model_state_dict"] = {prefix + name: x for name, x in weights.items()}
-        saved["note"] = "mine"
-
-    return rename
-
-
 READABLE = {
     "tensors": lambda s: s.update(loss=torch.ones(1), epoch=torch.tensor(2)),
-    "DataParallel": renamed("module."),
-    "torch.compile": renamed("_orig_mod."),
-    "both, and more": renamed("_orig_mod.module."),
-    "Keras's history": lambda saved: saved.update(history={"loss": [2.0, 1.0]}),
-    "texts": lambda s: s.update(history=["low", {"loss": "low", "accuracy": None}]),
+    "more than ours": lambda saved: saved.update(history={"loss": [2.0]}, note="mine"),
     "no epochs": lambda saved: saved["settings"].update(epochs=None),
     "epochs in a text": lambda saved: saved["settings"].update(epochs="12"),
 }

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import CPU
 from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from dataset import normalize, synthetic_images
 from model import CNN
@@ -48,14 +47,6 @@ def test_torch_fx_can_read_it(images):
     network = CNN().eval()
     expected = network(images)
     torch.testing.assert_close(torch.fx.symbolic_trace(network)(images), expected)
-    extractor = create_feature_extractor(
-        network, {"blocks": "features", "linear": "out"}
-    )
-    found = extractor(images)
-    torch.testing.assert_close(found["out"], expected)
-    features = found["features"]
-    assert (len(features), features.ndim) == (100, 4)
-    torch.testing.assert_close(network.linear(features.amax((2, 3)) / 2), expected)
 
 
 @pytest.mark.skipif(os.name == "nt" and not fast_bfloat16(CPU), reason="it may crash")

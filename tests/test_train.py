@@ -4,19 +4,18 @@ import errno
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
+import subprocess
 import sys
-import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import SCRIPTS, SMALL, copy_scripts, load, same_bits, start
+from conftest import SCRIPTS, SMALL, load, same_bits, start
+from torch import nn
 
 import dataset
 import evaluation
@@ -38,7 +37,7 @@ def test_one_line_an_epoch_and_the_same_bits_again(call, checkpoint):
     assert " parameters, 3 epochs on cpu, 1 threads, " in first
     assert [line[:17] for line in epochs] == [f"Epoch: {i}/3, Loss:" for i in (1, 2, 3)]
     assert all(", Accuracy: " in x and ", Rate: " in x and len(x) < 80 for x in epochs)
-    assert last.startswith("again.pth is finished. Next: python ")
+    assert last.startswith("again.pth is finished. Next: python evaluation.py ")
     assert same_bits(checkpoint, "again.pth")
     call(train, *SMALL, "--checkpoint", "other.pth", "--seed", "2")
     one, other = (load(x)["model_state_dict"] for x in (checkpoint, "other.pth"))
@@ -47,52 +46,20 @@ def test_one_line_an_epoch_and_the_same_bits_again(call, checkpoint):
     assert torch.equal(filters, -negatives)  # it was whitened
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
 def test_on_a_terminal_a_bar_erases_itself(call, few_images, monkeypatch):
-    (ours, theirs), seen = os.openpty(), []
-
-    def read():
-        with suppress(OSError):  # so Linux says that nobody writes any more
-            while chunk := os.read(ours, 4096):
-                seen.append(chunk)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with open(theirs, "w") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
-        patch.setattr(sys, "stderr", terminal)
-        call(train, *SMALL)
-    reader.join()
-    os.close(ours)
-    _, *epochs, last, _ = b"".join(seen).decode().replace("\r\n", "\n").split("\n")
-    assert (len(epochs), last[:13]) == (3, "synthetic.pth")
-    for line in epochs:
-        assert "[#" in line
-        shown = ""  # in the end
-        for over in line.split("\r"):
-            shown = over + shown[len(over) :]
-        assert shown.startswith("Epoch: ") and "[" not in shown and "#" not in shown
+    monkeypatch.setattr(train, "on_terminal", lambda: True)
+    _, out, err = call(train, *ONCE)
+    shown = ""  # in the end
+    for over in err.split("\r"):
+        shown = over + shown[len(over) :]
+    assert "[#" in err and "\n" not in err and not shown.strip()
+    assert "\nEpoch: 1/1, " in out
 
 
 def test_it_trains_without_stderr(call, few_images, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)  # as Windows' pythonw
     monkeypatch.setattr(sys, "__stderr__", None)
     assert "Epoch: 1/1" in call(train, *ONCE)[1]
-
-
-def test_the_next_command_can_be_pasted(call, few_images, monkeypatch):
-    """Also by whoever started the script from another folder, at files named oddly."""
-    copy_scripts("p")
-    Path("q").mkdir()
-    monkeypatch.chdir("q")
-    monkeypatch.setattr(train, "__name__", "../p/train")  # see `call`
-    out = call(train, *ONCE, "--holdout", "--checkpoint", "it's $HOME.pth")[1]
-    python, *command = shlex.split(out.split("Next: ")[1])
-    assert (python, command[0]) == ("python", "../p/evaluation.py")
-    with start(*command) as run:
-        out, err = run.communicate()
-    assert (run.returncode in (0, 1), err) == (True, "")
-    assert out.startswith("Accuracy: ") and " of 500 " in out.splitlines()[-1]
 
 
 def test_trying_never_touches_what_is_handed_in(call, few_images):
@@ -112,6 +79,14 @@ def test_small_images_come_first_and_whole_epochs_last():
         assert {*counts} <= {1000, round((train.HARD + (1 - train.HARD) / 2) * 1000)}
 
 
+def test_images_that_no_epoch_has_seen_count_as_the_hardest():
+    losses = torch.arange(1000.0)
+    losses[:80] = torch.inf  # as `fit` begins; the first epoch dropped them
+    chosen = train.choose_images(losses, 500)
+    assert {*range(80)} | {*range(780, 1000)} <= {*chosen}
+    assert len({*chosen}) == 500
+
+
 def test_the_network_sees_what_the_readme_says(call, monkeypatch):
     """Watched at its door: which images come in, in which size, mirrored or not."""
     count = 1000
@@ -121,10 +96,12 @@ def test_the_network_sees_what_the_readme_says(call, monkeypatch):
     images[:, 2, :, :16] = 200  # the left half is blue
     labels = torch.arange(count) % 10
     data = dataset.ImageDataset(images, labels, augment=True)
-    monkeypatch.setattr(train, "cifar_dataset", lambda *_: (data, None))
+    monkeypatch.setattr(train, "cifar_dataset", lambda *_, **__: (data, None))
     sizes, numbers, mirrored, losses = [], [], [], []
 
     def watch(network, inputs, logits):
+        if not network.training:
+            return
         red, green, blue = (inputs[0] * dataset.STD + dataset.MEAN).unbind(1)
         number = (red.mean((1, 2)) + 200 * green.mean((1, 2)).round()).round().long()
         sizes.append(red.shape[-1])
@@ -133,11 +110,11 @@ def test_the_network_sees_what_the_readme_says(call, monkeypatch):
         losses.append(train.CRITERION(logits.float(), labels[number]).detach())
 
     class Watched(CNN):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, width):
+            super().__init__(width)
             self.register_forward_hook(watch)
 
-    monkeypatch.setattr(train, "CNN", Watched)
+    monkeypatch.setattr(evaluation, "CNN", Watched)
     call(train, *SMALL)
     plan = train.plan_epochs(3, 50, count)
     assert sizes == [size for seen, size in plan for _ in range(seen // 50)]
@@ -206,26 +183,6 @@ def test_held_out_images_are_tested_after_each_epoch(call, refused, few_images):
     assert "has holdout True, not False" in refused(train, *SMALL, "--resume")
 
 
-def test_a_look_at_held_out_images_changes_no_bit(call, few_images, monkeypatch):
-    call(train, *SMALL, "--holdout", "--checkpoint", "with.pth")
-    both = dataset.cifar_dataset
-    monkeypatch.setattr(train, "cifar_dataset", lambda *x: (both(*x)[0], None))
-    call(train, *SMALL, "--holdout", "--checkpoint", "without.pth")
-    looked = load("with.pth")
-    for row in looked["history"]:
-        del row["held_out"]
-    torch.save(looked, "with.pth")
-    assert same_bits("with.pth", "without.pth")
-
-
-def test_the_longest_line_of_an_epoch_has_79_columns(capsys):
-    plan = [(1, 32)] * 26
-    row = {"loss": 1.2345, "accuracy": 0.999, "learning_rate": 0.0012, "seconds": 300}
-    for more in ({}, {"held_out": 0.999}):
-        train.print_epoch([row | more] * 11, plan)
-        assert len(capsys.readouterr().out) <= 79 + 1
-
-
 def test_killed_and_resumed_ends_with_the_same_bits(call):
     options = [*SMALL, "--batch-size", "250"]
     call(train, *options)
@@ -269,29 +226,33 @@ def test_a_finished_run_refuses_other_options(call, refused, checkpoint, trained
     assert checkpoint.read_bytes() == trained
 
 
-def test_other_images_are_refused(refused, trained):
-    Path("synthetic.pth").write_bytes(trained)  # of `few_images`
+OTHERS = {
+    "one less": lambda images, labels: (images[:-1], labels[:-1]),
+    "an exchange": lambda x, labels: (torch.cat([x[:3], x[[4, 3]], x[5:]]), labels),
+    "other labels": lambda images, labels: (images, (labels + 1) % 10),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_images_are_refused(refused, checkpoint, monkeypatch, kind):
+    images = dataset.synthetic_images()
+    images["train"] = OTHERS[kind](*images["train"])
+    monkeypatch.setattr(dataset, "synthetic_images", lambda: dict(images))
     message = refused(train, *SMALL, "--resume")
     assert "images" in message and "--data" in message
 
 
 def test_a_checkpoint_holds_cpu_tensors_alone(call, few_images, monkeypatch):
-    """Wherever it was trained: all that is saved went through Tensor.cpu."""
-    cpu, copies, saved = torch.Tensor.cpu, [], []
-
-    def remember(tensor):
-        copies.append(cpu(tensor).clone())
-        return copies[-1]
-
-    monkeypatch.setattr(torch.Tensor, "cpu", remember)
-    monkeypatch.setattr(train, "save_checkpoint", lambda x, *_: saved.append(x))
-    call(train, *ONCE, "--optimizer", "adam")
-    [checkpoint] = saved
-    tensors = [*checkpoint["model_state_dict"].values()]
-    for state in checkpoint["optimizer_state_dict"]["state"].values():
-        tensors += [x for x in state.values() if isinstance(x, torch.Tensor)]
-    assert len(tensors) > 50
-    assert {id(x) for x in tensors} <= {id(x) for x in copies}
+    """Wherever it was trained: all that is saved went through `on_cpu`."""
+    elsewhere = Mock(spec=torch.Tensor)
+    moved = train.on_cpu({"state": {0: {"sum": elsewhere, "step": 3}}})
+    assert moved == {"state": {0: {"sum": elsewhere.cpu(), "step": 3}}}
+    saved = {}
+    monkeypatch.setattr(train, "on_cpu", lambda state: ["moved"])
+    monkeypatch.setattr(train, "save_checkpoint", lambda x, *_: saved.update(x))
+    call(train, *ONCE)
+    assert saved["model_state_dict"] == saved["optimizer_state_dict"] == ["moved"]
+    assert saved["image_losses"].device.type == "cpu"
 
 
 def test_a_new_run_keeps_what_it_replaces(call, checkpoint, trained):
@@ -408,6 +369,61 @@ def test_mistakes_end_in_one_line(refused, checkpoint, trained, options):
     assert os.listdir() == ["synthetic.pth"]
 
 
-def test_too_little_memory_is_named(refused, few_images, monkeypatch):
-    monkeypatch.setattr(train, "fit", lambda *_: torch.zeros(10**15))
-    assert "memory" in refused(train, *SMALL)
+def test_too_little_memory_is_named(call, refused, few_images, monkeypatch):
+    for full in (lambda *_: torch.zeros(10**15), Mock(side_effect=MemoryError)):
+        monkeypatch.setattr(train, "fit", full)
+        assert "memory" in refused(train, *SMALL).lower()
+    # Autograd's words about a bug of one's own.
+    bug = Mock(side_effect=RuntimeError("refer to a single memory location"))
+    monkeypatch.setattr(train, "fit", bug)
+    status, _, err = call(train, *SMALL)
+    assert status == 2 and "Traceback" in err and "single memory location" in err
+
+
+# A network of one's own in model.py.
+def lenet():
+    """As the lecture's: no width, no batch norm, 32 px alone; made by a function."""
+    first = nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()
+    return nn.Sequential(*first, nn.LazyLinear(84), nn.Dropout(), nn.Linear(84, 10))
+
+
+def test_a_network_of_one_s_own_is_trained_resumed_and_evaluated(
+    call, refused, stopped, few_images, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "CNN", lenet)
+    own = ["--synthetic", "--batch-size", "50", "--epochs", "3", "--lr", "0.03"]
+    call(train, *own, "--checkpoint", "whole.pth")
+    stopped(train, *own, "--checkpoint", "cut.pth")
+    call(train, *own, "--checkpoint", "cut.pth", "--resume")
+    assert same_bits("cut.pth", "whole.pth")
+    out = call(evaluation, "--synthetic", "--checkpoint", "whole.pth")[1]
+    model = lenet()
+    model.load_state_dict(load("whole.pth")["model_state_dict"])
+    _, test_data = dataset.cifar_dataset(synthetic=True)
+    right = evaluation.accuracy(model, test_data, torch.device("cpu"))
+    assert right > 0.15 and out.startswith(f"Accuracy: {right:.2%} ")
+    assert "has no width 64" in refused(train, *own, "--width", "64")
+    # With another network in model.py it is refused in one line.
+    monkeypatch.setattr(evaluation, "CNN", CNN)
+    message = refused(evaluation, "--synthetic", "--checkpoint", "whole.pth")
+    assert "change model.py back" in message
+    monkeypatch.setattr(evaluation, "CNN", lambda: nn.Flatten())
+    assert "makes (2, 3072) of 2 images, not (2, 10)" in refused(train, *own)
+
+
+@pytest.mark.parametrize("script", [train, evaluation])
+def test_a_bug_in_model_py_has_its_traceback(call, checkpoint, monkeypatch, script):
+    monkeypatch.setattr(evaluation, "CNN", lambda width: nn.Linear(1, 2, depth=3))
+    options = SMALL if script is train else ["--synthetic"]
+    status, _, err = call(script, *options)
+    assert status == 2 and "Traceback" in err and "argument 'depth'" in err
+
+
+def test_dev_mode_shows_what_is_behind_a_line():
+    Path("a.pth").write_text("no checkpoint")
+    command = [sys.executable, "-X", "dev", SCRIPTS / "evaluation.py"]
+    for options in ([*command, "--checkpoint", "a.pth"], command):
+        run = subprocess.run(options, check=False, capture_output=True, text=True)
+        *lines, last = run.stderr.splitlines()
+        assert (run.returncode, last[:7]) == (2, "error: ")
+        assert any("Traceback" in line for line in lines) == ("a.pth" in options)
