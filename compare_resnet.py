@@ -63,8 +63,7 @@ def main():
     parser = command_line(__doc__)
     add_options(parser)
     add = parser.add_argument
-    file = "ResNet18's checkpoint (default: resnet18_cifar.pth)"
-    add("--resnet-checkpoint", type=Path, metavar="FILE", help=file)
+    add("--resnet-checkpoint", type=Path, metavar="FILE", help="ResNet18's, written")
     add("--small-stem", action="store_true", help="the form for 32x32 images, slower")
     args = parser.parse_args()
     default = "resnet18_small_stem" if args.small_stem else "resnet18_cifar"
@@ -81,8 +80,8 @@ def main():
     torch.manual_seed(args.seed)
     resnet = make_resnet(args.small_stem)
     held_out = test_data if args.holdout else None  # never the test images
-    fit(resnet, train_data, held_out, settings, resnet_path, resume, args.device)
     ours = measure(cnn, path, test_data, args.device)
+    fit(resnet, train_data, held_out, settings, resnet_path, resume, args.device)
     theirs = measure(resnet, resnet_path, test_data, args.device)
     print(f"\n{'':24}{'our CNN':>14}{name:>30}")
     for figure, value in ours.items():

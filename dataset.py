@@ -1,9 +1,7 @@
 """CIFAR-10 as two data sets that PyTorch's plain `DataLoader` reads fast.
 
-    train_data, test_data = cifar_dataset()
-    train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
-
-At the end: what all command lines share.
+train_data, test_data = cifar_dataset()
+train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
 """
 
 import argparse
@@ -67,7 +65,7 @@ class ImageDataset(Dataset):
     """
 
     classes = CLASSES  # as in torchvision's data sets
-    transform = property()  # no setter: setting one is an error, not without effect
+    transform = target_transform = property()  # setting one is an error: none is used
 
     def __init__(self, images, targets, augment: bool = False):
         self.images, self.augment = torch.as_tensor(images).contiguous(), augment
@@ -137,7 +135,7 @@ def cifar_dataset(root="data", synthetic=False, splits=SPLITS, holdout=False):
     """Training data, which augments, and test data, which does not: ImageDatasets.
 
     `root` holds the official archive or its unpacked folder (see `find_official`), or
-    `train/<class>/*` and `test/<class>/*`; else the archive is downloaded into it.
+    `train/<class>/*` and `test/<class>/*`; into `data` or an empty folder it downloads.
     `synthetic` makes a few simple images instead. A split that `splits` does not name is
     None; its class folders need not be there. With `holdout`, the last tenth (500) of
     each class's training images takes the place of the test images.
@@ -170,15 +168,15 @@ def hold_out(images, labels) -> dict:
 
 def find_images(root: Path, splits) -> dict:
     """What `root` holds, or is downloaded into it where that is no answer about others."""
-    others, default = sorted(x.name for x in root.glob("[!.]*")), root == Path("data")
-    if not default and not root.exists():
+    others = sorted(x for x in os.listdir(root) if x[0] != ".") if root.is_dir() else []
+    if root != Path("data") and not root.exists():
         raise FileNotFoundError("there is no such file or folder")
     if official := find_official(root):
         with usable(official, f"move it away, or {ANOTHER}"):
             return read_official(official)
     if folders := find_class_folders(root):
         return {split: read_folder(folders[split]) for split in splits}
-    if others and not default or {*SPLITS} & {name.lower() for name in others}:
+    if others and (root != Path("data") or {*SPLITS} & {x.lower() for x in others}):
         raise ValueError(f"nothing of it is read: {', '.join(others[:12])}")
     return download(root)
 
@@ -188,9 +186,10 @@ def find_official(root: Path):
 
     7-Zip makes a folder around it, Safari a .tar, browsers `cifar-10-python (1).tar.gz`.
     """
-    if root.is_file() or (root / "test_batch").exists():
+    if root.is_file() or (root / CIFAR10.test_list[0][0]).is_file():
         return root
-    found = [x for up in ("", "*/", "*/*/") for x in root.glob(f"{up}cifar-10-*py*")]
+    name = f"{CIFAR10.base_folder[:9]}*py*"
+    found = [x for up in ("", "*/", "*/*/") for x in root.glob(up + name)]
     folders = [x for x in found if x.name == CIFAR10.base_folder and x.is_dir()]
     archives = [x for x in found if x.suffix in ARCHIVE_SUFFIXES and x.is_file()]
     return next(iter(folders + sorted(archives)), None)
@@ -344,7 +343,7 @@ def command_line(about: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, epilog=end, formatter_class=raw)
     parser.error = fail
     add = parser.add_argument
-    data = "the images' folder or archive, downloaded if missing (default: data)"
+    data = "the images' folder or archive (default: data, downloaded if missing)"
     add("--data", default="data", metavar="PATH", help=data)
     add("--synthetic", action="store_true", help="try it on simple images, no download")
     add("--holdout", action="store_true", help="test on 5,000 held-out training images")
@@ -367,7 +366,7 @@ def run(main):
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("\nstopped: --resume goes on after a saved epoch", file=sys.stderr)
+        print("\nstopped: a training goes on by --resume, once saved", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # as in `python train.py | head -1`
         os._exit(141)  # at once: Python would try to write the rest, too

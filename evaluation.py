@@ -28,7 +28,7 @@ GOAL = 0.55  # the accuracy that the assignment asks for
 WORST = 8  # mistakes drawn of each class: the sheet is 920 px wide
 LECTURE = {"model": "CNN", "synthetic": False, "holdout": False}  # saves no settings
 TRAIN_ANEW = "name what train.py has saved, or move it away and train anew"
-CHANGED = f"change model.py back to the network that was trained, {TRAIN_ANEW}"
+CHANGED = f"change model.py back to the network that was saved, {TRAIN_ANEW}"
 FONTS = ["DejaVu Sans", "Yu Gothic", "Hiragino Sans", "Noto Sans CJK JP"]  # Japanese
 
 
@@ -125,8 +125,8 @@ def draw_curves(histories: dict[str, list[dict]], file: str):
         panel.grid(alpha=0.3)
     panels[1].yaxis.set_major_formatter(ticker.PercentFormatter(1))
     panels[1].legend()
-    file = Path(file).with_suffix(Path(file).suffix or ".png")
     with usable(file, "name it curves.png, say"):
+        file = Path(file).with_suffix(Path(file).suffix or ".png")
         figure.savefig(file, dpi=150)
     print(f"{file}: loss and accuracy of each epoch of training")
 
@@ -164,8 +164,7 @@ def load_checkpoint(path: Path) -> dict:
     """
     with usable(path, TRAIN_ANEW):
         if not path.exists():
-            train_first = "train first (without --resume), or name it by --checkpoint"
-            fail(f"there is no {path.absolute()}: {train_first}")
+            fail(f"there is no {path.absolute()}: train first, or name another file")
         found = read_file(path)
         return {
             **found,
@@ -186,8 +185,8 @@ def check_settings(path: Path, checkpoint: dict, wanted: dict):
 def load_weights(model: torch.nn.Module, weights: dict):
     """Put `weights` into `model`; they must fit and be finite, or it raises."""
     model.load_state_dict(weights)
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise ValueError("its weights are not all finite numbers")
+    if not all((x < torch.inf).all() for x in model.state_dict().values()):
+        raise ValueError("its weights are not all finite numbers")  # -inf: a mask's
 
 
 def make_cnn(width=None) -> torch.nn.Module:
@@ -195,7 +194,7 @@ def make_cnn(width=None) -> torch.nn.Module:
     if width is None:
         return CNN()
     if "width" not in inspect.signature(CNN).parameters:
-        fail(f"the CNN of model.py has no width {width}: leave it out, or {CHANGED}")
+        fail(f"model.py's CNN has no width ({width}): leave it out, or change it back")
     return CNN(width=width)
 
 
@@ -233,7 +232,7 @@ def main():
     _, test_data = cifar_dataset(args.data, splits=["test"], **kind)
     logits = predict(model, test_data, args.device)
     right = report(logits, test_data.targets)
-    if args.mistakes:
+    if args.mistakes is not None:
         draw_mistakes(logits, test_data, args.mistakes)
     done, epochs = checkpoint["epoch"] + 1, checkpoint["settings"].get("epochs")
     if isinstance(epochs, int) and done < epochs:

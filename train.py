@@ -32,7 +32,7 @@ from evaluation import accuracy, check_settings, load_checkpoint, load_weights, 
 EPOCHS = 14  # about as long as the lecture's 20 epochs of a small network take
 BATCH_SIZE = 128  # images a step
 # A fifth of each label's weight goes to all classes alike, so that no logit has to grow
-# for ever (Szegedy et al. 2016). One loss for each image: `choose` needs it.
+# for ever (Szegedy et al. 2016). One loss for each image: choose_images needs it.
 CRITERION = nn.CrossEntropyLoss(label_smoothing=0.2, reduction="none")
 SMALL_SIZE = 24  # px: smaller images take half the time
 SMALL_EPOCHS = 0.7  # share of the epochs, the first, that see them: +0.3 (fast.ai)
@@ -97,8 +97,8 @@ def train_epoch(model, loader, optimizer, scheduler, device):
 def fit(model, train_data, held_out, settings: dict, path: Path, resume, device):
     """Train `model` with `settings`; write the checkpoint `path` after each epoch.
 
-    `held_out`: images that are looked at after each epoch, or None. A run that is
-    resumed ends, on a CPU, with the same bits as without the break.
+    `held_out`: images that are looked at after each epoch, or None. A resumed run ends,
+    on a CPU, with the same bits as without the break (where all chance is torch's).
     """
     seed, batch_size = settings["seed"], settings["batch_size"]
     small = first_size(model.to(device), device)
@@ -118,7 +118,8 @@ def fit(model, train_data, held_out, settings: dict, path: Path, resume, device)
         # drop_last: what batch norm finds in a last batch of a few images is noise.
         loader = DataLoader(train_data, batch_size, sampler=chosen, drop_last=True)
         row, losses = train_epoch(model, loader, optimizer, scheduler, device)
-        if not all(x.isfinite().all() for x in [losses, *model.parameters()]):
+        finite = ((x < torch.inf).all() for x in [losses, *model.state_dict().values()])
+        if not all(finite):
             fail("the loss is not a finite number any more: choose a smaller --lr")
         image_losses[chosen[: len(losses)]] = losses  # drop_last left out the end
         if held_out:
@@ -182,11 +183,11 @@ def print_epoch(history: list[dict], plan: list[tuple[int, int]]):
 @torch.no_grad()
 def first_size(model: nn.Module, device: torch.device) -> int:
     """The size (px) of the first epochs' images: 32 for a network that takes 32 alone."""
-    shape = model.eval()(torch.zeros(2, 3, 32, 32, device=device)).shape
+    shape = model.eval()(torch.randn(2, 3, 32, 32, device=device)).shape
     if shape != (2, len(CLASSES)):
         fail(f"model.py's CNN makes {(*shape,)} of 2 images, not (2, {len(CLASSES)})")
     try:
-        model(torch.zeros(2, 3, SMALL_SIZE, SMALL_SIZE, device=device))
+        model(torch.randn(2, 3, SMALL_SIZE, SMALL_SIZE, device=device))
         return SMALL_SIZE
     except Exception:  # noqa: BLE001 - whatever it raises: it took 32 px
         return 32
@@ -245,6 +246,7 @@ def save_checkpoint(checkpoint: dict, path: Path, checksum) -> int:
     buffer = io.BytesIO()  # torch.save itself would call a full disk a RuntimeError
     torch.save(checkpoint, buffer)
     content = buffer.getvalue()
+    torch.load(io.BytesIO(content), weights_only=True)  # or nobody could read it
     file = Path(os.path.realpath(path))  # a link is not replaced
     with usable(path, "make room and add --resume to go on after the last saved epoch"):
         found = file.read_bytes() if file.exists() else None
@@ -296,10 +298,10 @@ def write_whole(path: Path, content: bytes):
 
 def check_writable(path: Path, resume: bool):
     """Refuse a checkpoint that cannot be written before time is spent on it."""
-    with usable(path, "name another file, in a folder that is there"):
+    with usable(path, "name another file, in a folder that has room"):
         trial = free_name(Path(os.path.realpath(path)), "trial-to-write")
-        trial.touch()
-        trial.unlink()
+        write_whole(trial, bytes(2**22))  # as many as a checkpoint of ours, about
+        trial.unlink(missing_ok=True)
     if resume or path.exists():
         load_checkpoint(path)  # nothing else is replaced: no script, no photo
 
@@ -372,8 +374,8 @@ def main():
         model.whiten(normalize(train_data.images[::25]))  # more change nothing
     settings = {"model": "CNN", "width": args.width, **settings_of(args, train_data)}
     fit(model, train_data, held_out, settings, path, args.resume, args.device)
-    given = "--data, --checkpoint, --synthetic and --holdout as here"
-    print(f"{path} is finished. Next: python evaluation.py ({given})")
+    same = "with the same --data, --checkpoint, --synthetic, --holdout"
+    print(f"{path} is finished. Next: python evaluation.py, {same}")
 
 
 if __name__ == "__main__":

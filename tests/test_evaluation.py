@@ -68,7 +68,7 @@ def test_the_status_is_the_verdict(call, checkpoint, monkeypatch):
 
 def test_a_grader_in_another_folder_is_told_what_was_looked_for(refused, tmp_path):
     message = refused(evaluation, SYNTHETIC)
-    assert str(tmp_path / "synthetic.pth") in message and "--checkpoint" in message
+    assert str(tmp_path / "synthetic.pth") in message and "name another" in message
 
 
 # Drawings and photos.
@@ -182,8 +182,8 @@ def changed(how):
     return lambda path: change(path, how)
 
 
-def linear_bias(x):
-    return changed(lambda saved: saved["model_state_dict"].update({"linear.bias": x}))
+def weight(name, x):
+    return changed(lambda saved: saved["model_state_dict"].update({name: x}))
 
 
 DAMAGES = {
@@ -195,8 +195,11 @@ DAMAGES = {
     "a whole model": lambda path: torch.save(CNN(8), path),
     "bare weights": lambda path: torch.save(CNN(8).state_dict(), path),
     "NumPy's": changed(lambda saved: saved.update(loss=np.mean([1]))),
-    "not finite": linear_bias(torch.full((10,), float("nan"))),
-    "a wrong shape": linear_bias(torch.ones(9)),
+    "not finite": weight("linear.bias", torch.full((10,), float("nan"))),
+    "a variance of inf": weight(
+        "blocks.0.halve.2.running_var", torch.full((8,), torch.inf)
+    ),
+    "a wrong shape": weight("linear.bias", torch.ones(9)),
     "another model's": changed(lambda x: x["settings"].update(model="ResNet18")),
 }
 

@@ -37,7 +37,7 @@ def test_one_line_an_epoch_and_the_same_bits_again(call, checkpoint):
     assert " parameters, 3 epochs on cpu, 1 threads, " in first
     assert [line[:17] for line in epochs] == [f"Epoch: {i}/3, Loss:" for i in (1, 2, 3)]
     assert all(", Accuracy: " in x and ", Rate: " in x and len(x) < 80 for x in epochs)
-    assert last.startswith("again.pth is finished. Next: python evaluation.py ")
+    assert last.startswith("again.pth is finished. Next: python evaluation.py, ")
     assert same_bits(checkpoint, "again.pth")
     call(train, *SMALL, "--checkpoint", "other.pth", "--seed", "2")
     one, other = (load(x)["model_state_dict"] for x in (checkpoint, "other.pth"))
@@ -298,6 +298,7 @@ FAILURES = [OSError(x, os.strerror(x)) for x in (errno.ENOSPC, errno.EDQUOT)]
 @pytest.mark.parametrize("failure", [*FAILURES, KeyboardInterrupt()], ids=repr)
 def test_what_stops_a_save_leaves_the_old_file(call, checkpoint, monkeypatch, failure):
     before = checkpoint.read_bytes()
+    monkeypatch.setattr(train, "check_writable", lambda *_: None)
     monkeypatch.setattr(train.os, "fsync", Mock(side_effect=failure))
     status, _, err = call(train, *SMALL)
     assert (status, err.strip().count("\n")) == (2 if failure.args else 130, 0)
@@ -341,8 +342,9 @@ def test_what_stays_locked_costs_no_epoch(refused, few_images, monkeypatch, reas
 
 def test_what_cannot_be_written_is_named_before_training(refused, monkeypatch):
     monkeypatch.setattr(train, "cifar_dataset", None)
-    monkeypatch.setattr(Path, "touch", Mock(side_effect=PermissionError(13, "no")))
-    assert "error: synthetic.pth cannot be used (no)" in refused(train, *SMALL)
+    for failure in (PermissionError(13, "no"), OSError(errno.ENOSPC, "no")):
+        monkeypatch.setattr(train, "write_whole", Mock(side_effect=failure))
+        assert "error: synthetic.pth cannot be used (no)" in refused(train, *SMALL)
 
 
 def test_only_a_checkpoint_is_replaced(refused):
@@ -402,7 +404,7 @@ def test_a_network_of_one_s_own_is_trained_resumed_and_evaluated(
     _, test_data = dataset.cifar_dataset(synthetic=True)
     right = evaluation.accuracy(model, test_data, torch.device("cpu"))
     assert right > 0.15 and out.startswith(f"Accuracy: {right:.2%} ")
-    assert "has no width 64" in refused(train, *own, "--width", "64")
+    assert "has no width (64)" in refused(train, *own, "--width", "64")
     # With another network in model.py it is refused in one line.
     monkeypatch.setattr(evaluation, "CNN", CNN)
     message = refused(evaluation, "--synthetic", "--checkpoint", "whole.pth")
