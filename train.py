@@ -374,8 +374,9 @@ def main():
         model.whiten(normalize(train_data.images[::25]))  # more change nothing
     settings = {"model": "CNN", "width": args.width, **settings_of(args, train_data)}
     fit(model, train_data, held_out, settings, path, args.resume, args.device)
-    same = "with the same --data, --checkpoint, --synthetic, --holdout"
-    print(f"{path} is finished. Next: python evaluation.py, {same}")
+    names = ("data", "checkpoint", "synthetic", "holdout")
+    same = [f"same --{x}" for x in names if getattr(args, x) != parser.get_default(x)]
+    print(", ".join([f"{path} is finished. Next: python evaluation.py", *same]))
 
 
 if __name__ == "__main__":
