@@ -73,13 +73,13 @@ def main():
     kind = {"synthetic": args.synthetic, "holdout": args.holdout}
     cnn, _ = load_cnn(path, **kind)
     train_data, test_data = cifar_dataset(args.data, **kind)
+    held_out = test_data if args.holdout else None  # never the test images
     name = "ResNet18 with the small stem" if args.small_stem else "ResNet18"
-    settings = {"model": name, **settings_of(args, train_data)}
+    settings = {"model": name, **settings_of(args, train_data, held_out)}
     resume = args.resume or resnet_path.exists()  # of a finished one no epoch is left
     check_writable(resnet_path, resume)
     torch.manual_seed(args.seed)
     resnet = make_resnet(args.small_stem)
-    held_out = test_data if args.holdout else None  # never the test images
     ours = measure(cnn, path, test_data, args.device)
     fit(resnet, train_data, held_out, settings, resnet_path, resume, args.device)
     theirs = measure(resnet, resnet_path, test_data, args.device)

@@ -113,9 +113,7 @@ def draw_curves(histories: dict[str, list[dict]], file: str):
             fail(f"{name} has no history, as the lecture's: draw another's curves")
         for panel, key in enumerate(["loss", "accuracy", "held_out"]):
             points = [(n, x[key]) for n, x in enumerate(history, 1) if key in x]
-            label = f" {name}" + ", held out" * (
-                panel > 1
-            )  # a _ in front would hide it
+            label = f" {name}" + ", held out" * (panel > 1)  # a _ would hide it
             style = {"marker": ".", "color": f"C{i}", "ls": "--" if panel > 1 else "-"}
             if points:
                 panels[min(panel, 1)].plot(*zip(*points), **style, label=label)

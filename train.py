@@ -229,8 +229,7 @@ def make_scheduler(optimizer, plan, batch_size: int, done: int) -> LambdaLR:
         x = (step + 1) / (total + 1)
         return min(x / WARM_UP, (1 - x) / (1 - WARM_UP))
 
-    # It wants the last step done, counted from 0, and calls that an epoch.
-    return LambdaLR(optimizer, factor, done_steps - 1)
+    return LambdaLR(optimizer, factor, done_steps - 1)  # the last step done, from 0
 
 
 # Writing a checkpoint, whole or not at all, and going on from it.
@@ -349,13 +348,16 @@ def add_options(parser: argparse.ArgumentParser):
     parser.add_argument("--resume", action="store_true", help="go on after a break")
 
 
-def settings_of(args: argparse.Namespace, train_data: ImageDataset) -> dict:
+def settings_of(args: argparse.Namespace, *all_data: ImageDataset) -> dict:
     """What a run depends on: a resumed one must have the same."""
     names = ("epochs", "batch_size", "optimizer", "seed", "synthetic", "holdout")
     settings = {name: getattr(args, name) for name in names}
     settings["lr"] = args.lr or OPTIMIZERS[args.optimizer].keywords["lr"]
-    images, labels = train_data.images.numpy(), torch.tensor(train_data.targets).numpy()
-    return settings | {"checksum of the images": zlib.crc32(images, zlib.crc32(labels))}
+    checksum = 0
+    for data in filter(None, all_data):  # to train on, and held out
+        images, labels = data.images.numpy(), torch.tensor(data.targets).numpy()
+        checksum = zlib.crc32(images, zlib.crc32(labels, checksum))
+    return settings | {"checksum of the images": checksum}
 
 
 def main():
@@ -367,12 +369,12 @@ def main():
     check_writable(path, args.resume)
     splits = SPLITS if args.holdout else ["train"]  # never the test images
     images = {"synthetic": args.synthetic, "holdout": args.holdout}
-    train_data, held_out = cifar_dataset(args.data, splits=splits, **images)
+    train_data, held_out = both = cifar_dataset(args.data, splits=splits, **images)
     torch.manual_seed(args.seed)
     model = make_cnn(args.width)
     if hasattr(model, "whiten"):  # a network of your own need not
         model.whiten(normalize(train_data.images[::25]))  # more change nothing
-    settings = {"model": "CNN", "width": args.width, **settings_of(args, train_data)}
+    settings = {"model": "CNN", "width": args.width, **settings_of(args, *both)}
     fit(model, train_data, held_out, settings, path, args.resume, args.device)
     names = ("data", "checkpoint", "synthetic", "holdout")
     same = [f"same --{x}" for x in names if getattr(args, x) != parser.get_default(x)]

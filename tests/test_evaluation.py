@@ -214,7 +214,6 @@ def test_bad_checkpoints_are_refused_and_run_no_code(refused, checkpoint, damage
 READABLE = {
     "tensors": lambda s: s.update(loss=torch.ones(1), epoch=torch.tensor(2)),
     "more than ours": lambda saved: saved.update(history={"loss": [2.0]}, note="mine"),
-    "no epochs": lambda saved: saved["settings"].update(epochs=None),
     "epochs in a text": lambda saved: saved["settings"].update(epochs="12"),
 }
 

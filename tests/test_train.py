@@ -170,7 +170,7 @@ def test_what_is_not_finite_stops_the_run(refused, checkpoint, trained, monkeypa
     assert os.listdir() == ["synthetic.pth"]
 
 
-def test_held_out_images_are_tested_after_each_epoch(call, refused, few_images):
+def test_held_out_images(call, refused, few_images, monkeypatch):
     epochs = call(train, *SMALL, "--holdout")[1].splitlines()[1:4]
     history = load("synthetic.pth")["history"]
     for line, row in zip(epochs, history):
@@ -179,6 +179,10 @@ def test_held_out_images_are_tested_after_each_epoch(call, refused, few_images):
     accuracy = call(evaluation, "--synthetic", "--holdout")[1].splitlines()[0]
     assert accuracy.endswith(f" ({round(100 * history[-1]['held_out'])}/100)")
     assert "has holdout True, not False" in refused(train, *SMALL, "--resume")
+    x, labels = dataset.synthetic_images()["train"]
+    other = {"train": (torch.cat([x[:-1], 255 - x[-1:]]), labels)}  # a held-out one
+    monkeypatch.setattr(dataset, "synthetic_images", lambda: other)
+    assert "of the images" in refused(train, *SMALL, "--resume", "--holdout")
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(call):
@@ -378,7 +382,6 @@ def test_too_little_memory_is_named(call, refused, few_images, monkeypatch):
     assert status == 2 and "Traceback" in err and "single memory location" in err
 
 
-# A network of one's own in model.py.
 def lenet():
     """As the lecture's: no width, no batch norm, 32 px alone; made by a function."""
     first = nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()
