@@ -1,7 +1,7 @@
 """CIFAR-10 as two data sets that PyTorch's plain `DataLoader` reads fast.
 
-train_data, test_data = cifar_dataset()
-train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
+>>> train_data, test_data = cifar_dataset()
+>>> train_loader = DataLoader(train_data, batch_size=128, shuffle=True)
 """
 
 import argparse

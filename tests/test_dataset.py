@@ -196,6 +196,7 @@ LAYOUTS = {
     "the folder itself": itself,
     "7-Zip's folder": lambda root, x: extracted(root / "cifar-10-python", x).parent,
     "the file itself": lambda root, x: named("mine.bin", root, x) / "mine.bin",
+    "the tar itself": lambda root, x: gunzipped(root, x) / "cifar-10-python.tar",
     "half a download, too": lambda root, x: named(
         CIFAR10.filename, named(f"{CIFAR10.filename}.crdownload", root, x[:99]), x
     ),
@@ -323,6 +324,7 @@ UNUSABLE = {
     "no ship": lambda train: shutil.rmtree(train / "ship"),
     "dog/no_image.png": lambda train: (train / "dog/no_image.png").write_bytes(b"no"),
     "dog/0005.bmp": lambda train: os.truncate(train / "dog/0005.bmp", 1000),
+    "dog/folder.png": lambda train: (train / "dog/folder.png").mkdir(),
     "dog/c.png": lambda train: Image.new("RGB", (40, 40)).save(train / "dog/c.png"),
     "train": shutil.rmtree,
     ".png": lambda train: [x.rename(f"{x}.tif") for x in train.glob("cat/*")],

@@ -196,9 +196,7 @@ DAMAGES = {
     "bare weights": lambda path: torch.save(CNN(8).state_dict(), path),
     "NumPy's": changed(lambda saved: saved.update(loss=np.mean([1]))),
     "not finite": weight("linear.bias", torch.full((10,), float("nan"))),
-    "a variance of inf": weight(
-        "blocks.0.halve.2.running_var", torch.full((8,), torch.inf)
-    ),
+    "a variance of inf": weight("blocks.0.halve.2.running_var", torch.ones(8) / 0),
     "a wrong shape": weight("linear.bias", torch.ones(9)),
     "another model's": changed(lambda x: x["settings"].update(model="ResNet18")),
 }
@@ -214,6 +212,7 @@ def test_bad_checkpoints_are_refused_and_run_no_code(refused, checkpoint, damage
 READABLE = {
     "tensors": lambda s: s.update(loss=torch.ones(1), epoch=torch.tensor(2)),
     "more than ours": lambda saved: saved.update(history={"loss": [2.0]}, note="mine"),
+    "no epochs": lambda saved: saved["settings"].update(epochs=None),
     "epochs in a text": lambda saved: saved["settings"].update(epochs="12"),
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CPU
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from dataset import normalize, synthetic_images
 from model import CNN
@@ -47,6 +48,11 @@ def test_torch_fx_can_read_it(images):
     network = CNN().eval()
     expected = network(images)
     torch.testing.assert_close(torch.fx.symbolic_trace(network)(images), expected)
+    outputs = {"blocks": "features", "linear": "out"}
+    found = create_feature_extractor(network, outputs)(images)
+    torch.testing.assert_close(found["out"], expected)
+    features = network.linear(found["features"].amax((2, 3)) / 2)
+    torch.testing.assert_close(features, expected)
 
 
 @pytest.mark.skipif(os.name == "nt" and not fast_bfloat16(CPU), reason="it may crash")

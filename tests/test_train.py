@@ -72,8 +72,8 @@ def test_trying_never_touches_what_is_handed_in(call, few_images):
 def test_small_images_come_first_and_whole_epochs_last():
     for epochs in range(1, 40):
         counts, sizes = zip(*train.plan_epochs(epochs, 2, 1000))
-        assert len(counts) == epochs
-        assert (counts[0], counts[-1], sizes[-1]) == (1000, 1000, 32)
+        ends = len(counts), counts[0], counts[-1], sizes[-1]
+        assert ends == (epochs, 1000, 1000, 32)
         assert list(sizes) == sorted(sizes)
         assert {*counts} <= {1000, round((train.HARD + (1 - train.HARD) / 2) * 1000)}
 
@@ -166,8 +166,7 @@ def test_what_is_not_finite_stops_the_run(refused, checkpoint, trained, monkeypa
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
     assert "--lr" in refused(train, *SMALL)
-    assert checkpoint.read_bytes() == trained
-    assert os.listdir() == ["synthetic.pth"]
+    assert (checkpoint.read_bytes(), os.listdir()) == (trained, ["synthetic.pth"])
 
 
 def test_held_out_images(call, refused, few_images, monkeypatch):
@@ -183,6 +182,13 @@ def test_held_out_images(call, refused, few_images, monkeypatch):
     other = {"train": (torch.cat([x[:-1], 255 - x[-1:]]), labels)}  # a held-out one
     monkeypatch.setattr(dataset, "synthetic_images", lambda: other)
     assert "of the images" in refused(train, *SMALL, "--resume", "--holdout")
+
+
+def test_the_longest_line_of_an_epoch_has_79_columns(capsys):
+    row = {"loss": 1.2345, "accuracy": 0.999, "learning_rate": 0.0012, "seconds": 300}
+    for more in ({}, {"held_out": 0.999}):
+        train.print_epoch([row | more] * 11, [(1, 32)] * 26)
+        assert len(capsys.readouterr().out) <= 79 + 1
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(call):
@@ -368,8 +374,7 @@ MISTAKES = [
 def test_mistakes_end_in_one_line(refused, checkpoint, trained, options):
     message = refused(train, *SMALL, *options.split(" "))
     assert any(word in message for word in options.split(" "))
-    assert checkpoint.read_bytes() == trained
-    assert os.listdir() == ["synthetic.pth"]
+    assert (checkpoint.read_bytes(), os.listdir()) == (trained, ["synthetic.pth"])
 
 
 def test_too_little_memory_is_named(call, refused, few_images, monkeypatch):
@@ -382,8 +387,7 @@ def test_too_little_memory_is_named(call, refused, few_images, monkeypatch):
     assert status == 2 and "Traceback" in err and "single memory location" in err
 
 
-def lenet():
-    """As the lecture's: no width, no batch norm, 32 px alone; made by a function."""
+def lenet():  # no width, no batch norm, 32 px alone; and no class
     first = nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()
     return nn.Sequential(*first, nn.LazyLinear(84), nn.Dropout(), nn.Linear(84, 10))
 
@@ -402,8 +406,7 @@ def test_a_network_of_one_s_own(call, refused, stopped, few_images, monkeypatch)
     right = evaluation.accuracy(model, test_data, torch.device("cpu"))
     assert right > 0.15 and out.startswith(f"Accuracy: {right:.2%} ")
     assert "has no width (64)" in refused(train, *own, "--width", "64")
-    # With another network in model.py it is refused in one line.
-    monkeypatch.setattr(evaluation, "CNN", CNN)
+    monkeypatch.setattr(evaluation, "CNN", CNN)  # another than was trained
     message = refused(evaluation, "--synthetic", "--checkpoint", "whole.pth")
     assert "change model.py back" in message
     monkeypatch.setattr(evaluation, "CNN", lambda: nn.Flatten())
