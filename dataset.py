@@ -318,7 +318,7 @@ def usable(path, way_out: str):
     """
     try:
         yield
-    except (BrokenPipeError, MemoryError):  # no fault of the file's; see `run`
+    except (BrokenPipeError, MemoryError, NameError):  # not the file's fault: see `run`
         raise
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
         fail(f"{path} cannot be used ({reason(error)}): {way_out}")

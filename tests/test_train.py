@@ -173,8 +173,7 @@ def test_held_out_images(call, refused, few_images, monkeypatch):
     epochs = call(train, *SMALL, "--holdout")[1].splitlines()[1:4]
     history = load("synthetic.pth")["history"]
     for line, row in zip(epochs, history):
-        assert re.search(f", held out:? {row['held_out']:.1%}, ", line.lower())
-        assert len(line) < 80
+        assert f", held out {row['held_out']:.1%}, " in line
     accuracy = call(evaluation, "--synthetic", "--holdout")[1].splitlines()[0]
     assert accuracy.endswith(f" ({round(100 * history[-1]['held_out'])}/100)")
     assert "has holdout True, not False" in refused(train, *SMALL, "--resume")
@@ -313,13 +312,6 @@ def test_what_stops_a_save_leaves_the_old_file(call, checkpoint, monkeypatch, fa
     assert (checkpoint.read_bytes(), os.listdir()) == (before, ["synthetic.pth"])
 
 
-def test_a_drive_that_cannot_say_what_is_written_is_used(call, few_images, monkeypatch):
-    unable = OSError(errno.EINVAL, "Invalid argument")
-    monkeypatch.setattr(train.os, "fsync", Mock(side_effect=unable))
-    assert call(train, *ONCE)[0] == 0
-    assert os.listdir() == ["synthetic.pth"]
-
-
 def lock(monkeypatch, reason, times):
     """So often synthetic.pth cannot be replaced."""
     failures, replace = [OSError(reason, "locked")] * times, os.replace
@@ -333,8 +325,10 @@ def lock(monkeypatch, reason, times):
     monkeypatch.setattr(train.time, "sleep", Mock())
 
 
-def test_a_locked_file_is_tried_again(call, few_images, monkeypatch):
-    lock(monkeypatch, errno.EACCES, 3)  # as a virus scanner does on Windows
+def test_an_odd_drive_and_a_virus_scanner_do_no_harm(call, few_images, monkeypatch):
+    unable = OSError(errno.EINVAL, "Invalid argument")  # to say what is written
+    monkeypatch.setattr(train.os, "fsync", Mock(side_effect=unable))
+    lock(monkeypatch, errno.EACCES, 3)  # as on Windows, for a moment
     assert call(train, *ONCE)[0] == 0
     assert os.listdir() == ["synthetic.pth"]
 
@@ -419,6 +413,9 @@ def test_a_bug_in_model_py_has_its_traceback(call, checkpoint, monkeypatch, scri
     options = SMALL if script is train else ["--synthetic"]
     status, _, err = call(script, *options)
     assert status == 2 and "Traceback" in err and "argument 'depth'" in err
+    monkeypatch.setattr(dataset, "find_images", lambda *_: slip)  # noqa: F821
+    status, _, err = call(train, "--checkpoint", "a.pth")
+    assert status == 2 and "Traceback" in err and "'slip' is not defined" in err
 
 
 def test_dev_mode_shows_what_is_behind_a_line():
