@@ -73,6 +73,7 @@ class ImageDataset(Dataset):
         self.class_to_idx = {name: label for label, name in enumerate(CLASSES)}
         self.size = self.images.shape[-1]  # px, in which images are read
         self.mirrored = None  # N bools: which are in this epoch; None: at random
+        self.jitter = 0  # of each image's brightness and contrast, at most (deviations)
 
     def set_epoch(self, epoch: int, size: int = 32, seed: int = 0):
         """Read from now on as in `epoch` (from 0): in `size` px, mirrored in turn.
@@ -105,18 +106,20 @@ class ImageDataset(Dataset):
         return list(zip(images, labels))
 
     def shift_and_mirror(self, which: torch.Tensor) -> torch.Tensor:
-        """The normalised images `which`, each mirrored or not, and shifted."""
+        """The normalised images `which`: mirrored or not, shifted, brighter or darker."""
         count, mirror = len(which), self.mirrored
         mirror = torch.rand(count) < 0.5 if mirror is None else mirror[which]
         down, right = torch.randint(2 * SHIFT + 1, (2, count))
         choices = torch.stack([which, mirror, down, right])  # one transfer to a GPU
         which, mirror, down, right = to_device(choices, self.images.device)
         images = normalize(self.images[which])
+        if most := self.jitter:
+            light, contrast = images.new_empty(2, count, 1, 1, 1).uniform_(-most, most)
+            images = (images + light) * (1 + contrast)
         images = torch.where(mirror.view(-1, 1, 1, 1) > 0, images.flip(3), images)
         padded = F.pad(images, [SHIFT] * 4, mode="reflect")
-        height, width = images.shape[2:]
         # A view: windows[i, :, d, r] is image i, shifted by d - SHIFT and r - SHIFT px.
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)
         return windows[torch.arange(count, device=which.device), :, down, right]
 
 

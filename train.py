@@ -38,6 +38,7 @@ SMALL_SIZE = 24  # px: smaller images take half the time
 SMALL_EPOCHS = 0.7  # share of the epochs, the first, that see them: +0.3 (fast.ai)
 ALL_EPOCHS = 1 / 6  # share of the epochs, the last, that see all images; the first does
 HARD = 0.3  # share of images, the hardest, that all epochs see: +0.5 points
+JITTER = 0.14  # of brightness and contrast, in runs longer than EPOCHS: +0.4 (hiverge)
 WARM_UP = 0.2  # share of the steps: large steps from random weights go astray
 
 # The lecture's five. Rate (`lr`, the highest) and weight decay are chosen among
@@ -104,6 +105,7 @@ def fit(model, train_data, held_out, settings: dict, path: Path, resume, device)
     small = first_size(model.to(device), device)
     plan = plan_epochs(settings["epochs"], batch_size, len(train_data), small)
     train_data.images = train_data.images.to(device)  # augmented there, too
+    train_data.jitter = JITTER if len(plan) > EPOCHS else 0  # a short run would lose
     optimizer = OPTIMIZERS[settings["optimizer"]](model.parameters(), lr=settings["lr"])
     image_losses = torch.full([len(train_data)], torch.inf)  # no epoch has seen them
     history, checksum = [], None  # the checksum is of what this run wrote last

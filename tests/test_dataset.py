@@ -93,6 +93,22 @@ def test_each_image_draws_its_own_mirror_and_shift(data):
     assert read_all(copies).shape == (2000, 3, 24, 24)
 
 
+def test_each_image_draws_its_own_brightness_and_contrast(monkeypatch):
+    monkeypatch.setattr(dataset, "SHIFT", 0)
+    two_tones = torch.tensor([50, 200], dtype=torch.uint8).repeat(16)
+    data = ImageDataset(two_tones.expand(500, 3, 32, 32), [0] * 500, augment=True)
+    data.jitter = 0.14
+    torch.manual_seed(4)
+    low, high = read_all(data).flatten(2).aminmax(dim=2)
+    dark, bright = dataset.normalize(data.images[:1])[0, :, 0, :2].unbind(1)
+    contrast = (high - low) / (bright - dark)
+    light = low / contrast - dark
+    for x, middle in ((contrast, 1), (light, 0)):  # of all three colours alike
+        torch.testing.assert_close(x, x[:, :1].expand(-1, 3), rtol=0, atol=1e-5)
+        assert -0.14 < (x - middle).min() < -0.13 < 0.13 < (x - middle).max() < 0.14
+    assert abs(torch.corrcoef(torch.stack([contrast[:, 0], light[:, 0]]))[0, 1]) < 0.2
+
+
 def read_all(data) -> torch.Tensor:
     return next(iter(DataLoader(data, batch_size=len(data))))[0]
 

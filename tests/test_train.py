@@ -78,6 +78,16 @@ def test_small_images_come_first_and_whole_epochs_last():
         assert {*counts} <= {1000, round((train.HARD + (1 - train.HARD) / 2) * 1000)}
 
 
+@pytest.mark.parametrize(("default", "jitter"), [(3, 0), (2, 0.14)])
+def test_long_runs_jitter(call, few_images, monkeypatch, default, jitter):
+    """Those that are longer than the default."""
+    monkeypatch.setattr(train, "EPOCHS", default)
+    watched = Mock(wraps=train.train_epoch)
+    monkeypatch.setattr(train, "train_epoch", watched)
+    call(train, *SMALL)  # three epochs
+    assert {x.args[1].dataset.jitter for x in watched.call_args_list} == {jitter}
+
+
 def test_images_that_no_epoch_has_seen_count_as_the_hardest():
     losses = torch.arange(1000.0)
     losses[:80] = torch.inf  # as `fit` begins; the first epoch dropped them
