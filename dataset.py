@@ -118,8 +118,9 @@ class ImageDataset(Dataset):
             images = (images + light) * (1 + contrast)
         images = torch.where(mirror.view(-1, 1, 1, 1) > 0, images.flip(3), images)
         padded = F.pad(images, [SHIFT] * 4, mode="reflect")
+        height, width = images.shape[2:]
         # A view: windows[i, :, d, r] is image i, shifted by d - SHIFT and r - SHIFT px.
-        windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         return windows[torch.arange(count, device=which.device), :, down, right]
 
 

@@ -48,11 +48,12 @@ def test_one_line_an_epoch_and_the_same_bits_again(call, checkpoint):
 
 def test_on_a_terminal_a_bar_erases_itself(call, few_images, monkeypatch):
     monkeypatch.setattr(train, "on_terminal", lambda: True)
-    _, _, err = call(train, *ONCE)
+    _, out, err = call(train, *ONCE)
     shown = ""  # in the end
     for over in err.split("\r"):
         shown = over + shown[len(over) :]
     assert "[#" in err and "\n" not in err and not shown.strip()
+    assert "\nEpoch: 1/1, " in out
 
 
 def test_it_trains_without_stderr(call, few_images, monkeypatch):
@@ -269,6 +270,7 @@ def test_a_checkpoint_holds_cpu_tensors_alone(call, few_images, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", lambda x, *_: saved.update(x))
     call(train, *ONCE)
     assert saved["model_state_dict"] == saved["optimizer_state_dict"] == ["moved"]
+    assert saved["image_losses"].device.type == "cpu"
 
 
 def test_a_new_run_keeps_what_it_replaces(call, checkpoint, trained):
