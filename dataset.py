@@ -93,7 +93,7 @@ class ImageDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices):
-        """With an s: the samples of a whole batch, as torch.utils.data.Dataset allows."""
+        """With an s: a batch of samples (see torch's Dataset); subclasses override this."""
         indices = [operator.index(i) for i in indices]  # NumPy's and tensors', too
         labels = [self.targets[i] for i in indices]
         which = torch.tensor(indices)
@@ -175,10 +175,14 @@ def find_images(root: Path, splits) -> dict:
     others = sorted(x for x in os.listdir(root) if x[0] != ".") if root.is_dir() else []
     if root != Path("data") and not root.exists():
         raise FileNotFoundError("there is no such file or folder")
-    if official := find_official(root):
+    official, folders = find_official(root), find_class_folders(root)
+    if official and folders:  # the images may be others
+        both = f"both {official} and {folders['test']}{os.sep}"
+        raise ValueError(f"it holds {both}: move one away")
+    if official:
         with usable(official, f"move it away, or {ANOTHER}"):
             return read_official(official)
-    if folders := find_class_folders(root):
+    if folders:
         return {split: read_folder(folders[split]) for split in splits}
     if others and (root != Path("data") or {*SPLITS} & {x.lower() for x in others}):
         raise ValueError(f"nothing of it is read: {', '.join(others[:12])}")

@@ -298,6 +298,14 @@ def test_what_is_not_ours_is_passed_over(tree, refused):
     assert "airplane/ to truck/" in refused(cifar_dataset, tree)
 
 
+@pytest.mark.parametrize("place", [".", "data", "a/b"])
+def test_of_two_sets_of_images_none_is_guessed(archive, tree, refused, place):
+    (tree / place).mkdir(parents=True, exist_ok=True)
+    named(CIFAR10.filename, tree / place, archive)
+    message = refused(cifar_dataset, tree, splits=["test"])
+    assert f"both {tree / place / CIFAR10.filename} and {tree / 'test'}" in message
+
+
 # A grader's own images in a form that is not read, and a folder named `data` of that.
 HIDDEN = ["airplane/1.png", "training/airplane/1.png", "val/cat/1.png", "1.png"]
 HIDDEN += ["test/1.png", "cifar10.zip", "cifar-10-batches-bin/test_batch.bin"]
