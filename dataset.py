@@ -177,8 +177,7 @@ def find_images(root: Path, splits) -> dict:
         raise FileNotFoundError("there is no such file or folder")
     official, folders = find_official(root), find_class_folders(root)
     if official and folders:  # the images may be others
-        both = f"both {official} and {folders['test']}{os.sep}"
-        raise ValueError(f"it holds {both}: move one away")
+        raise ValueError(f"both {official} and {folders['test']} are in it: use one")
     if official:
         with usable(official, f"move it away, or {ANOTHER}"):
             return read_official(official)
