@@ -2,7 +2,7 @@
 
     python train.py             # first: the model that is compared
     python compare_resnet.py    # trains ResNet18, or takes the finished one
-    python compare_resnet.py --small-stem    # for 32x32 images: an hour or more
+    python compare_resnet.py --small-stem    # for 32x32 images: one to four hours
     python evaluation.py --curves a.png resnet18_cifar.pth    # draws both
 
 ResNet18 starts from random weights, as ours does: no pretrained part.
